@@ -246,6 +246,7 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_words.py
 	$(BIN)/python docs/check_figures.py
+	$(BIN)/python docs/generate_settings.py --check
 
 fmt: setup
 	$(BIN)/ruff format .

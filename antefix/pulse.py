@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, DeadlineExceeded, Unavailable
+from antefix.keep_running import keep_running
 from antefix.rpc import rpc_errors
 
 log = logging.getLogger("antefix.pulse")
@@ -94,7 +95,7 @@ class Pulse:
     def start(self) -> None:
         if self._task is None:
             # An empty context: the task serves all waiting calls, so it must not carry one call's request id.
-            self._task = asyncio.create_task(self._run(), context=Context())
+            self._task = keep_running(self._run, f"the watch of {self.name}", context=Context())
 
     async def close(self) -> None:
         task, self._task = self._task, None

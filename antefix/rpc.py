@@ -32,6 +32,7 @@ from antefix import errors
 from antefix.about_service import AboutServicer
 from antefix.config import GRACE_S
 from antefix.end_tasks import end_tasks
+from antefix.keep_running import keep_running
 from antefix.request_limits import readable, reading
 from antefix.security.caller_limits import CallerLimits
 from antefix.security.channels import ReloadingChannel
@@ -379,7 +380,10 @@ async def start_server(
         host=host,
         draining=draining,
         token_address=for_tokens,
-        watches=tuple(asyncio.create_task(watch_connections(each, interceptor.limits, note)) for each in ports),
+        watches=tuple(
+            keep_running(partial(watch_connections, each, interceptor.limits, note), "the watch of idle connections")
+            for each in ports
+        ),
     )
 
 

@@ -63,12 +63,12 @@ class WorkerSettings:
     device: str = setting("cpu", "torch device of the workers")
     tensor_parallel_size: int = setting(
         1,
-        "processes that run one model together, each on a card of its own; they divide heads and experts, and read"
+        "processes that run one model together, each on a GPU of its own; they divide heads and experts, and read"
         " KV once",
     )
     cpu_offload_bytes: int = setting(
         0,
-        "bytes of a card's experts to keep in pinned host memory and fetch layer by layer; of each rank",
+        "bytes of a GPU's experts to keep in pinned host memory and fetch layer by layer; of each rank",
         unit="bytes",
     )
     dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
@@ -82,7 +82,7 @@ class WorkerSettings:
         "how decode steps run where triton runs: graphs (the sequences of a batch share launches, which are recorded"
         " once and replayed), together (they share launches, which are not recorded), alone (each sequence has its"
         " own launches). Over several ranks, graphs means alone, and graphs-over-ranks records launches there too,"
-        " which was not yet run on cards",
+        " which was not yet run on GPUs",
         choices=("graphs", "graphs-over-ranks", "together", "alone"),
     )
     short_prefills: str = setting(
@@ -108,7 +108,7 @@ class WorkerSettings:
         require(self.cpu_offload_bytes >= 0, f"cpu_offload_bytes must not be negative, is {self.cpu_offload_bytes}")
         require(
             not self.cpu_offload_bytes or not self.device.startswith("cpu"),
-            "cpu_offload_bytes moves experts from a card to the host, so it needs --device cuda",
+            "cpu_offload_bytes moves experts from a GPU to the host, so it needs --device cuda",
         )
         check_address(self.window_pool)
         check_exactness(bounded_windows=self.bounded_windows, reproducible=self.reproducible)

@@ -83,29 +83,12 @@ def ways_to_carry_payloads(record: Any) -> Iterable[Row]:
         )
 
 
-@table("store_clients.json", *STORE)
-def many_clients(record: Any) -> Iterable[Row]:
-    yield "throughput of several clients over one's (1 or more is wanted)", "4 clients", "8 clients"
-    for said, key in (
-        ("restores", "get_{}_bytes_per_s"),
-        ("durable puts", "put_{}_bytes_per_s"),
-        ("look-ups", "lookup_{}_calls_per_s"),
-    ):
-        yield said, *(f"{record[key.format(number)] / record[key.format(1)]:.2f}" for number in (4, 8))
-
-
-@table("store_clients.json", *STORE)
-def one_next_to_four_restores(record: Any) -> Iterable[Row]:
-    fair = record["put_next_to_gets_bytes_per_s"] / (record["put_1_bytes_per_s"] / 5)
-    yield "", "figure"
-    yield (
-        "a look-up of 128K tokens next to four restores, p50, ms (lower is better)",
-        f"{record['lookup_next_to_gets_p50_ms']:.1f}",
-    )
-    yield "the same alone", f"{record['lookup_alone_p50_ms']:.1f}"
-    yield "four restores in all next to look-ups, GB/s", f"{record['gets_next_to_lookup_bytes_per_s'] / 1e9:.2f}"
-    if fair:
-        yield "a put next to four restores, over a fifth of a put alone (higher is better)", f"{fair:.1f}"
+@table("encryption.json", "antefix/store_files", "kvstore/antefix_kvstore")
+def encrypted_over_plain(record: Any) -> Iterable[Row]:
+    yield "", "encrypted over plain: throughput (higher is better)", "processor time (lower is better)"
+    for name, key in (("writing", "write"), ("reading from the page cache", "read")):
+        found = record["figures"][key]
+        yield name, f"{found['speed_ratio']:.2f}", f"{found['processor_ratio']:.2f}"
 
 
 @table("many_stores.json", "antefix/store")

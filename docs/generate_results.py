@@ -10,7 +10,10 @@ line under each table has the run's commit, date, machine and command, from the 
 exits with 1 if a document would change. `--stale` lists records whose code has changed since they were measured, with
 the first changed files and the names of what changed in them. Changes of comments, docstrings, layout, help texts, and
 messages of errors and logs do not count. `--stale` always exits with 0, because only a person can tell whether a change
-affects the figures.
+affects the figures. Records of `HISTORY` in benchmarks/tables.py describe earlier code, so they are not listed.
+
+A simulated record may have a field `repeated` with commit, date, command and part: a later run of this part gave the
+same figures, so the record counts as of that commit.
 """
 
 from __future__ import annotations
@@ -81,6 +84,12 @@ def provenance(file: str, record: Any) -> str:
         recorded = record.get("recorded", {})
         why = "the run's commit is lost" if recorded.get("lost_commit") else "the run named no commit"
         named.append(f"{why}; recorded in {recorded['commit']}, {recorded['date']}" if recorded else "")
+    if repeated := record.get("repeated"):
+        named.append(
+            f"{repeated['part']} run again at {repeated['commit'][:8]}, {repeated['date'][:10]}: the same figures"
+        )
+    if file in tables.HISTORY:
+        named.append("of earlier code, kept for comparison")
     return f"*benchmarks/results/{file}: {'; '.join(part for part in named if part) or 'of an unnamed run'}.*"
 
 
@@ -92,6 +101,8 @@ def stale(git: Any) -> Iterator[tuple[str, str]]:
     measured = {**tables.NAMED, **dict(tables.measured())}
     git = functools.cache(git)  # many records measure the same files
     for path in sorted(RESULTS.glob("*.json")):
+        if path.name in tables.HISTORY:
+            continue
         record = json.loads(path.read_text())
         commit = _commit(record)
         if path.name not in measured:
@@ -103,10 +114,13 @@ def stale(git: Any) -> Iterator[tuple[str, str]]:
 
 
 def _commit(record: Any) -> str | None:
-    """The commit that the run measured. If the record names none, the commit that added the record."""
+    """The commit that the run measured, or that a later run confirmed. If the record names none, the commit that added
+    the record.
+    """
     if not isinstance(record, dict):
         return None
-    return record.get("commit") or record.get("recorded", {}).get("commit")
+    named = (record.get("repeated", {}), record, record.get("recorded", {}))
+    return next((each["commit"] for each in named if each.get("commit")), None)
 
 
 def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:

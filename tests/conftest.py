@@ -142,9 +142,6 @@ NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
 
-# On a busy machine, work of seconds takes minutes: a deployment's start, or two seconds of work next to 40 processes.
-SLOW_TIMEOUT_S = 900
-
 
 def pytest_ignore_collect(collection_path, config):
     if "not services" in config.option.markexpr and collection_path.name in NOT_FAST_FOLDERS:
@@ -156,9 +153,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if PROCESS_FIXTURES.intersection(item.fixturenames) or item.path.parent.name in PROCESS_FOLDERS:
             item.add_marker(pytest.mark.services)
-        is_slow = item.get_closest_marker("services") or item.get_closest_marker("slow")
-        if is_slow and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -5,15 +5,15 @@ start_redis    starts servers of the test's own, which it may kill and start aga
 start_cluster  starts a cluster in the same way
 """
 
-import asyncio
 import contextlib
 import random
 import shutil
 import socket
 import subprocess
-import time
 
 import pytest
+
+from tests.waiting import AT_MOST_S, wait_until
 
 
 def free_port():
@@ -65,15 +65,15 @@ class RedisServer:
         )  # fmt: skip
         # Another test's server may answer at this port.
         itself = f"process_id:{self.process.pid}\r"
-        wait_for(
-            lambda: self.process.poll() is not None or itself in self.ask("INFO server"),
-            "redis-server did not answer",
+        wait_until(
+            lambda: self.process.poll() is not None or itself in self.ask("INFO server", timeout_s=5),
+            "redis-server answers",
         )
         return self.process.poll() is None
 
-    def ask(self, command):
+    def ask(self, command, timeout_s=AT_MOST_S):
         """The beginning of the answer to a command, or "" while the server is down. Arguments must have no spaces."""
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout_s) as sock:
             sock.sendall(command.encode() + b"\r\n")
             return sock.recv(4096).decode(errors="replace").strip()
         return ""
@@ -98,16 +98,8 @@ class RedisCluster(RedisServer):
     def start(self):
         super().start()
         self.ask("CLUSTER ADDSLOTSRANGE 0 16383")
-        wait_for(lambda: "cluster_state:ok" in self.ask("CLUSTER INFO"), "the cluster did not come up")
+        wait_until(lambda: "cluster_state:ok" in self.ask("CLUSTER INFO"), "the cluster is up")
         return self
-
-
-def wait_for(condition, complaint):
-    deadline = time.monotonic() + 120
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(complaint)
-        time.sleep(0.02)
 
 
 def _starter(kind, directory):
@@ -155,12 +147,3 @@ def shared_redis(tmp_path_factory):
 def redis(shared_redis):
     assert shared_redis.ask("FLUSHALL") == "+OK"
     return shared_redis
-
-
-async def until(condition, seconds=15):
-    """Wait until other tasks have made the condition true."""
-    for _ in range(50 * seconds):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come to be")

@@ -13,6 +13,7 @@ from operator import attrgetter
 from antefix.discovery.found import Found, Source
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
+from antefix.keep_running import keep_running
 
 log = logging.getLogger("antefix.discovery")
 
@@ -67,7 +68,7 @@ class Following:
     def start(self) -> None:
         """Start to repeat the look-up. Needs a running event loop."""
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = keep_running(self._run, "the look-up of services")
 
     async def close(self) -> None:
         if self._task is not None:

@@ -25,6 +25,7 @@ from antefix.discovery.found import Found
 from antefix.end_tasks import end_tasks
 from antefix.errors import Unavailable
 from antefix.events.event_seal import EventKeys, Stamps
+from antefix.keep_running import keep_running
 from antefix.redis_access import RedisAccess
 from antefix.registration import AGE_S_MAX
 
@@ -57,7 +58,7 @@ class ServiceLease:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ServiceLease:
-        self._task = asyncio.create_task(self._keep())
+        self._task = keep_running(self._keep, f"the lease of {self._name} in Redis")
         return self
 
     async def __aexit__(

@@ -88,8 +88,15 @@ class Follower(ABC, Generic[E]):
         return self._is_current and self.is_intact() and not self._is_silent()
 
     async def run(self, watch: Watch[E]) -> None:
-        """Follow the source until this task is cancelled. watch: opens the source's own stream."""
-        await (self._resync(watch) if self._through_redis else self._follow(watch))
+        """Follow the source until this task is cancelled. watch: opens the source's own stream.
+
+        After an unexpected exception the index counts as unknown, and the next run begins with a snapshot.
+        """
+        try:
+            await (self._resync(watch) if self._through_redis else self._follow(watch))
+        except Exception:
+            self._lose()
+            raise
 
     def apply(self, batch: Batch[E]) -> bool:
         """Apply the next batch of a stream. Returns False if the batch does not follow the last one, so that a snapshot

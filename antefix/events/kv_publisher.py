@@ -26,6 +26,7 @@ from antefix.end_tasks import end_tasks
 from antefix.errors import ConfigError
 from antefix.events.kv_events import GPU, REPLAY_END, KvEvent, KvRemoved, KvStored, encode_batch
 from antefix.events.kv_sockets import CurveDoor, CurveKey, check_endpoint, check_public_key
+from antefix.keep_running import keep_running
 
 log = logging.getLogger("antefix.events")
 
@@ -110,7 +111,7 @@ class KvPublisher:
         if config.replay:
             # An unbounded queue: it never holds more than the messages kept for replay.
             self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
-            self._tasks.append(asyncio.create_task(self._answer()))
+            self._tasks.append(keep_running(self._answer, "the replay of KV events"))
         log.info("KV events, which contain token ids, are published on %s", self.endpoint)
 
     async def close(self) -> None:

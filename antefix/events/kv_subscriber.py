@@ -228,22 +228,30 @@ class KvSubscriber:
         await asyncio.sleep(0)
 
     async def _replayed(self, first: int) -> AsyncGenerator[tuple[int, bytes], None]:
-        """Messages from number `first` on, as far as the engine has them.  Raises:  _Broken: it stopped answering."""
+        """Messages from number `first` on, as far as the engine has them.
+
+        Raises:  _Broken: the engine stopped answering, or closed the connection.
+        """
         self.counters.num_replays += 1
         socket = self._socket(zmq.DEALER)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        poller = zmq.asyncio.Poller()
+        for each in (socket, monitor):
+            poller.register(each, zmq.POLLIN)
         try:
             socket.connect(self._replay)
             await socket.send_multipart([b"", first.to_bytes(8, "big")])
             while True:
-                async with asyncio.timeout(_REPLY_TIMEOUT_S):
-                    frames = await socket.recv_multipart()
+                if socket not in dict(await poller.poll(round(1000 * _REPLY_TIMEOUT_S))):
+                    raise _Broken
+                frames = await socket.recv_multipart()
                 if len(frames) < 3 or frames[-2] == REPLAY_END:
                     return
                 yield int.from_bytes(frames[-2], "big"), frames[-1]
-        except TimeoutError as err:
-            raise _Broken from err
         finally:
-            socket.close(linger=0)
+            socket.disable_monitor()
+            for each in (monitor, socket):
+                each.close(linger=0)
 
     def _take(self, number: int, payload: bytes) -> None:
         self._next = number + 1

@@ -32,6 +32,7 @@ from antefix.end_tasks import end_tasks
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
 from antefix.events.event_seal import DropReason, EventCheck, EventKeys, Stamps
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
+from antefix.keep_running import keep_running
 from antefix.redis_access import RedisAccess
 
 log = logging.getLogger("antefix.events")
@@ -97,7 +98,7 @@ class StreamPublisher:
 
     async def __aenter__(self) -> StreamPublisher:
         if self._redis is not None:
-            self._task = asyncio.create_task(self._tell(self._redis))
+            self._task = keep_running(functools.partial(self._tell, self._redis), "the writer of events to Redis")
         return self
 
     async def __aexit__(
@@ -181,11 +182,21 @@ class StreamReader:
         return self._check.dropped
 
     def start(self) -> None:
-        self._tasks = [asyncio.create_task(self._follow(stream)) for stream in self._streams]
+        self._tasks = [
+            keep_running(
+                functools.partial(self._follow, stream),
+                "the reader of events from Redis",
+                failed=functools.partial(self._missed, stream),
+            )
+            for stream in self._streams
+        ]
 
     async def close(self) -> None:
         await end_tasks(self._tasks)
         await self._redis.aclose()
+
+    def _missed(self, stream: str, _err: Exception) -> None:
+        self._lost(stream)
 
     async def _follow(self, stream: str) -> None:
         in_step = False

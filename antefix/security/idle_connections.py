@@ -97,7 +97,9 @@ async def watch_connections(port: int, limits: CallerLimits, note: Callable[[int
     """Close excess idle connections until this task is cancelled. note: called with the number of closed
     connections.
     """
-    while numbers := _descriptors():
+    while _DESCRIPTORS.is_dir():
+        # Empty also while the process has no descriptor left to list them with, which ends with some connections.
+        numbers = _descriptors()
         await asyncio.sleep(LOOK_S)
         if len(numbers) <= limits.connections_max:
             continue

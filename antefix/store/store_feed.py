@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from antefix.end_tasks import end_tasks
 from antefix.events.block_events import BlockEvent, EventKind, Key, keys_of
 from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
+from antefix.keep_running import keep_running
 from antefix.record import Held
 from antefix.redis_access import RedisAccess
 from antefix.store.feed_room import FeedRoom
@@ -73,7 +75,7 @@ class StoreFeed(Follower[BlockEvent]):
             # This also ends a snapshot in progress, part of which was filtered by the previous fingerprint.
             self._task.cancel()
             self._ending.append(self._task)
-            self._task = asyncio.create_task(self.run(self._watch))
+            self._task = keep_running(partial(self.run, self._watch), "the feed of a store's events")
 
     def __len__(self) -> int:
         """How many names of records the feed holds."""
@@ -116,7 +118,7 @@ class StoreFeed(Follower[BlockEvent]):
         self._room.join(self)
         if self._reader is not None:
             self._reader.start()
-        self._task = asyncio.create_task(self.run(self._watch))
+        self._task = keep_running(partial(self.run, self._watch), "the feed of a store's events")
 
     async def close(self) -> None:
         self._room.leave(self)

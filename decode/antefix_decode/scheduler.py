@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from antefix.errors import AntefixError, Overloaded, StepFailed
 from antefix.fair_turns import FairTurns
+from antefix.keep_running import keep_running
 from antefix.model import Sequence, WindowState
 from antefix.model.finite import are_numbers
 from antefix.model.step_counters import StepCounters
@@ -151,7 +152,7 @@ class Scheduler:
         self._wake.set()
         if self._task is None:
             # A new context, because the loop works for all requests and must not log under the id of one.
-            self._task = asyncio.create_task(self._loop(), context=Context())
+            self._task = keep_running(self._loop, "the decode loop", failed=self._fail_all, context=Context())
 
     async def leave(self, running: Running) -> None:
         """Remove a sequence and free its blocks. The call waits for the running step, which may be using the sequence's
@@ -203,6 +204,12 @@ class Scheduler:
                 self.shares.observe(len(batch), time.perf_counter() - self._began)
             else:
                 await self._wake.wait()
+
+    def _fail_all(self, err: Exception) -> None:
+        """After an unexpected error nobody knows which sequences it left in the middle of a step."""
+        for running in self._running:
+            if not running.done:
+                _fail(running, step_failed(err))
 
     async def _step(self, batch: list[Running]) -> None:
         engine = self._engine

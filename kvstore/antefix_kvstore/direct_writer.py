@@ -49,11 +49,10 @@ class DirectWriter:
     def begin(self, fd: int, offset: int, nbytes: int) -> bool:
         """Start a batch of `nbytes` at `offset`, both multiples of 4,096. False: the file system has no direct I/O.
 
-        fd: open for writing, until `finish`.  Raises:  OSError: no space.
+        fd: open for writing, until `finish`.  Raises:  OSError: no space, or the batch before could not be written.
         """
-        # A batch that was given up may still be on its way to the same place.
-        with contextlib.suppress(OSError):
-            self.finish()
+        # The batch before may be part of the same commit, as in a compaction: its failure must not be lost.
+        self.finish()
         self._fd, self._direct_fd = fd, self._disk.open_direct(fd)
         if self._direct_fd < 0:
             return False

@@ -81,9 +81,11 @@ class Disk:
 
         `os.posix_fallocate` would write zeros where it cannot.  Raises:  OSError: no space.
         """
-        if _fallocate is not None and _fallocate(fd, 0, offset, nbytes):
+        while _fallocate is not None and _fallocate(fd, 0, offset, nbytes):
             number = ctypes.get_errno()
-            if number not in _CANNOT_ALLOCATE:
+            if number in _CANNOT_ALLOCATE:
+                return
+            if number != errno.EINTR:
                 raise OSError(number, os.strerror(number))
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:

@@ -89,7 +89,7 @@ class GroupCommitter:
                 self._commit(group)
             # When no put came for a while, what was written past the page cache is read into it. Between the puts of
             # several clients it would cost them a third of their throughput.
-            reading = not (group or self._queue or self._stopping) and self._engine.read_back()
+            reading = not (group or self._queue or self._stopping) and self._read_back()
             # A store that is never idle needs maintenance as well.
             if time.monotonic() - tidied_s >= MAINTAIN_S:
                 self._tidy()
@@ -118,6 +118,14 @@ class GroupCommitter:
         for put, waits, result in zip(group, waiting, results, strict=True):
             if waits:
                 put.done.set_result(result)
+
+    def _read_back(self) -> bool:
+        try:
+            return self._engine.read_back()
+        except Exception:
+            # Reads only become slower; puts must continue.
+            log.exception("records could not be read into the page cache")
+            return False
 
     def _tidy(self) -> None:
         for chore in self.chores:

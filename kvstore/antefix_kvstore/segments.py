@@ -159,7 +159,8 @@ class Segments:
             if directly:
                 self._direct.end()
                 self.fresh.note(self.path(self.active), start, end - start)
-        except OSError:
+        except BaseException:
+            # Of any kind: a piece that is still on its way would overwrite the next batch.
             self.rollback(start)
             raise
         self.sizes[self.active] = end

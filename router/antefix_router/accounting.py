@@ -318,7 +318,7 @@ class Accounts:
 
     async def close(self) -> None:
         """Write the records that are being settled, then close the ledger."""
-        self.retries.drain()
+        self.retries.close()
         while self._settling:
             await asyncio.gather(*self._settling.values(), return_exceptions=True)
         if self.shared is not None:

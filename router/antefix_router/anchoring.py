@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
+from antefix.keep_running import keep_running
 from antefix_billing.anchor import make_anchor, write_anchor
 from antefix_billing.ledger import Ledger
 from antefix_billing.receipt import Signer
@@ -36,7 +37,7 @@ class Anchoring:
         return min((self._done.get(place, 0) for place in self._places), default=0)
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._task = keep_running(self._run, "the anchoring of the ledger")
 
     async def close(self) -> None:
         if self._task is not None:

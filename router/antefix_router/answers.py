@@ -76,6 +76,8 @@ class SharedRun:
         self.settling: asyncio.Task[Settled | None] | None = None
         self.num_given = 0
         self.num_readers = 0
+        # Clients that were admitted and have not begun to read. A client that never begins stays in this number.
+        self.num_expected = 0
         self.is_over = False
         self.error: Exception | None = None
         self.waiting_for_a_reader: asyncio.TimerHandle | None = None
@@ -128,6 +130,7 @@ class SharedRun:
 
     def enter(self) -> None:
         self.num_readers += 1
+        self.num_expected -= 1
         if self.waiting_for_a_reader is not None:
             self.waiting_for_a_reader.cancel()
             self.waiting_for_a_reader = None

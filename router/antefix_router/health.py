@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix import rpc
 from antefix.end_tasks import end_tasks
+from antefix.keep_running import keep_running
 from antefix.pulse import Pulse, health_question
 from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
@@ -42,7 +44,7 @@ class HealthWatch:
         for address in set(self._tasks) - set(known):
             self._end(self._tasks.pop(address))
         for address in set(known) - set(self._tasks):
-            self._tasks[address] = asyncio.create_task(self._watch(known[address]))
+            self._tasks[address] = keep_running(partial(self._watch, known[address]), f"the health watch of {address}")
 
     async def close(self) -> None:
         tasks = [*self._tasks.values(), *self._ending]

@@ -61,7 +61,7 @@ class Retries:
     def share(self, bill: Bill) -> None:
         """Allow other clients to read the answer of an admitted request from now on."""
         bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
-        self._wait_for_a_reader(bill.shared, _ADMITTED_S)
+        self._expect(bill.shared)
 
     def join(self, request: GenerationRequest, opened: OpenEntry) -> Bill | None:
         """Join another client to a running answer, which it reads from the beginning. None: no answer to this request
@@ -79,8 +79,7 @@ class Retries:
         if shared.generation.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
             raise Conflict(f"request {request.request_id} is running with another number of logprobs; wait for its end")
         self._num_joined += 1
-        if not shared.num_readers:
-            self._wait_for_a_reader(shared, _ADMITTED_S)
+        self._expect(shared)
         bill = Bill(shared.generation, first.opened, first.reservation, first.paid_before)
         bill.shared = shared
         return bill
@@ -92,7 +91,9 @@ class Retries:
         if shared.num_readers or shared.settling is not None:
             return
         is_full = self._num_unattended > self._config.unattended_max
-        if shared.is_over or self.is_draining or is_full or not self._config.unattended_s:
+        if shared.num_expected:
+            self._wait_for_a_reader(shared, _MADE_S if shared.is_over else _ADMITTED_S)
+        elif shared.is_over or self.is_draining or is_full or not self._config.unattended_s:
             self._give_up(shared)
         else:
             self._wait_for_a_reader(shared, self._config.unattended_s)
@@ -118,14 +119,28 @@ class Retries:
         return shared.settling
 
     def drain(self) -> None:
-        """Because no client can come any more, answers without a client are abandoned, now and later."""
+        """Abandon answers whose clients left, now and later, because no new client comes any more. A client that was
+        admitted before can still begin to read.
+        """
         self.is_draining = True
-        for shared in [each for each in self._shared.values() if not each.num_readers]:
+        for shared in list(self._shared.values()):
+            if not shared.num_expected:
+                self._give_up(shared)
+
+    def close(self) -> None:
+        """Abandon all answers without a reader."""
+        self.is_draining = True
+        for shared in list(self._shared.values()):
             self._give_up(shared)
 
     @property
     def _num_unattended(self) -> int:
         return sum(not shared.num_readers for shared in self._shared.values())
+
+    def _expect(self, shared: SharedRun) -> None:
+        shared.num_expected += 1
+        if not shared.num_readers:
+            self._wait_for_a_reader(shared, _ADMITTED_S)
 
     def _wait_for_a_reader(self, shared: SharedRun, seconds: float) -> None:
         if shared.waiting_for_a_reader is not None:

@@ -20,6 +20,7 @@ from antefix.discovery.finders import called_names
 from antefix.end_tasks import end_tasks
 from antefix.events.event_seal import EventKeys
 from antefix.generation_request import Caller, GenerationRequest
+from antefix.keep_running import keep_running
 from antefix.model_dir import identify
 from antefix.outward import outward
 from antefix.redis_access import RedisAccess
@@ -224,7 +225,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     server = await _start_grpc(router, security)
     router.start()
     service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
-    telling = asyncio.create_task(tell_readiness(server, [service], router.why_unready))
+    telling = keep_running(partial(tell_readiness, server, [service], router.why_unready), "the report of readiness")
     registry = Registry("router")
     registry.add_in_loop(router.metrics)
     if http is not None:

@@ -21,6 +21,7 @@ from antefix_billing.tenants import TenantBook, load_tenants
 from antefix_billing.usage_record import Status
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front
+from tests.waiting import until
 
 CARDS = load_cards([DEPLOY / "example.toml"])
 PROMPT = as_tokens(list(range(100)))
@@ -87,9 +88,7 @@ async def crash_after(open_front, num_tokens, *, held=False, **settings):
     bill.is_held = held
     outputs = front.run(bill, 10.0)
     reading = asyncio.create_task(_read(outputs, max(1, num_tokens)))
-    async with asyncio.timeout(60):
-        while not (reading.done() if num_tokens else front.accounts.ledger.unsettled()):  # noqa: ASYNC110 - threads
-            await asyncio.sleep(0.01)
+    await until(reading.done if num_tokens else front.accounts.ledger.unsettled)
     front.accounts.ledger.close()  # as after kill -9: the request is open and was never settled
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)

@@ -21,6 +21,7 @@ from antefix_router.generation import OutputPiece
 from antefix_router.metrics import accounts_metrics
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import make_front, serving
+from tests.waiting import AT_MOST_S, until
 
 httpx2 = pytest.importorskip("httpx2")
 
@@ -170,10 +171,9 @@ async def test_clients_metrics_and_ledger_agree_after_many_requests(tmp_path, nu
         clients.update(counted)
 
     try:
-        async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=60) as client:
+        async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
             await asyncio.gather(*(one(client, number) for number in range(num_requests)))
-            while front.accounts.num_running:  # noqa: ASYNC110 - requests end in other tasks
-                await asyncio.sleep(0.01)
+            await until(lambda: not front.accounts.num_running)
             found = await asyncio.to_thread(scrape, server.address)
     finally:
         server.close()

@@ -19,6 +19,7 @@ from antefix_router.front import share_bill
 from tests.billing.test_accounting import request_of
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front
+from tests.waiting import until
 
 CARDS = load_cards([DEPLOY / "example.toml"])
 KEYRING = Keyring(b"0" * 16)
@@ -51,12 +52,6 @@ async def routers(tmp_path):
     for front in made:
         with contextlib.suppress(RuntimeError, Unavailable):
             await front.accounts.close()
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - Redis and threads
-            await asyncio.sleep(0.02)
 
 
 async def ask(front, request_id="r", **settings):
@@ -138,12 +133,7 @@ async def test_a_redis_that_lost_all_is_told_again_before_a_named_request_runs(t
     await ask(two, "")
     await asyncio.to_thread(redis.start)
     await until(lambda: not one.accounts.shared.is_out and not two.accounts.shared.is_out)
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(Unavailable):
-                again, _ = await ask(two)
-                break
-            await asyncio.sleep(0.05)
+    again, _ = await until(lambda: ask(two), "the router takes requests", despite=Unavailable)
     assert again.record == first.record
 
 
@@ -213,12 +203,8 @@ async def test_requests_at_once_are_counted_over_all_routers_and_a_dead_one_hold
         await ask(two, "other")
     hold.set()
     await running
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(QuotaExceeded, Overloaded):
-                assert (await ask(two, "other"))[1]
-                break
-            await asyncio.sleep(0.1)
+    _, usage = await until(lambda: ask(two, "other"), "the quota has room", despite=(QuotaExceeded, Overloaded))
+    assert usage
 
 
 async def test_what_others_write_into_redis_is_not_believed(redis, routers):

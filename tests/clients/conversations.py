@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.clients.door import Door
@@ -18,12 +16,6 @@ def hits_and_full_blocks(door: Door) -> tuple[list[int], list[int]]:
     for before in turns[:-1]:
         full.append((len(before.request.tokens) + len(answer_of(before))) // BLOCK_SIZE * BLOCK_SIZE)
     return [each.restore.hit_tokens for each in turns], full
-
-
-async def wait_for(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens in another process
-            await asyncio.sleep(0.02)
 
 
 def hits_table(recorded: Path) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import AT_MOST_S
+
 INSTALLED = Path(__file__).parents[2] / ".clients"
 NODE = INSTALLED / "node_modules"
 PYTHON = INSTALLED / "python" / "bin" / "python"
@@ -58,7 +60,7 @@ class Running:
         self.process.send_signal(signal.SIGINT)
         return await self.ended()
 
-    async def ended(self, timeout_s: float = 100.0) -> Ended:
+    async def ended(self, timeout_s: float = AT_MOST_S) -> Ended:
         try:
             out, err = await asyncio.wait_for(self.process.communicate(), timeout_s)
         except TimeoutError:

@@ -36,6 +36,7 @@ from antefix.v1 import (
     window_pb2_grpc,
 )
 from antefix.wire import tokens_to_wire
+from tests.waiting import AT_MOST_S
 
 TEXTS = ["Once", " there", " was"]
 
@@ -108,16 +109,15 @@ def elsewhere() -> Iterator[tuple[Router, str]]:
         server = await rpc.start_server("127.0.0.1:0", lambda target: register(router, target), [router_pb2.DESCRIPTOR])
         ready.append((router, server.address))
         started.set()
-        while not stop.is_set():  # noqa: ASYNC110 - set by another thread
-            await asyncio.sleep(0.02)
+        await asyncio.to_thread(stop.wait)
         await server.drain(0)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert started.wait(60)
+    assert started.wait(AT_MOST_S)
     yield ready[0]
     stop.set()
-    thread.join(60)
+    thread.join(AT_MOST_S)
 
 
 def _holds_protobuf(value: Any) -> bool:
@@ -190,7 +190,7 @@ async def test_closing_ends_a_call_that_is_under_way(served: tuple[Router, str])
     await client.close()
     with pytest.raises((asyncio.CancelledError, Unavailable)):
         await anext(stream)
-    assert await asyncio.to_thread(router.ended.wait, 60)
+    assert await asyncio.to_thread(router.ended.wait, AT_MOST_S)
 
 
 def test_a_script_generates_without_await(elsewhere: tuple[Router, str]) -> None:
@@ -206,7 +206,7 @@ def test_leaving_a_blocking_stream_ends_the_call(elsewhere: tuple[Router, str]) 
         stream = router.generate("for ever", Sampling(max_tokens=9))
         assert next(iter(stream)).text == TEXTS[0]
         stream.close()  # type: ignore[attr-defined]
-        assert elsewhere[0].ended.wait(60)
+        assert elsewhere[0].ended.wait(AT_MOST_S)
 
 
 async def test_a_blocking_client_works_inside_a_running_loop(elsewhere: tuple[Router, str]) -> None:
@@ -227,7 +227,7 @@ def test_a_blocking_client_serves_several_threads(elsewhere: tuple[Router, str])
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(AT_MOST_S)
     assert found == ["".join(TEXTS)] * 4
 
 
@@ -258,4 +258,4 @@ def _parameters(call: Callable[..., Any]) -> list[str]:
 
 def test_errors_of_a_blocking_call_are_ours() -> None:
     with BlockingRouterClient("127.0.0.1:1") as router, pytest.raises(Unavailable):
-        router.status(timeout_s=5)
+        router.status(timeout_s=AT_MOST_S)

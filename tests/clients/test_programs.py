@@ -10,11 +10,12 @@ import asyncio
 import pytest
 
 from tests.clients import programs
-from tests.clients.conversations import hits_and_full_blocks, wait_for
+from tests.clients.conversations import hits_and_full_blocks
 from tests.clients.recording import record
 from tests.clients.scripted_model import BLOCK_SIZE, answer_of
+from tests.waiting import AT_MOST_S, until
 
-pytestmark = [pytest.mark.clients, pytest.mark.services, programs.needs_programs, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.clients, pytest.mark.services, programs.needs_programs]
 
 LOOK = "[[task]] Look around. [[run: echo got-$((6*7))]] [[read: {picture}]] [[result]]"
 AGAIN = "[[task]] And again. [[run: echo got-$((7*7))]] [[result]]"
@@ -51,9 +52,9 @@ async def test_an_agents_session(name, door, home, folder, picture):
     door.script.pause_s = 0.01
     num_requests = len(door.script.requests)
     running = await program.start(*resumed, SLOW)
-    await wait_for(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations[num_requests:]))
+    await until(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations[num_requests:]))
     await running.interrupt()
-    await wait_for(lambda: door.script.num_cancelled == 1)
+    await until(lambda: door.script.num_cancelled == 1)
     door.script.pause_s = 0.0
     ended = await program.run(*resumed, AGAIN)
     assert ended.status == 0 and "got-49" in door.script.last_answer, ended.last
@@ -130,10 +131,10 @@ async def test_a_python_client(name, door, home, picture):
 async def test_a_streaming_client_that_leaves_stops_the_work(door, home):
     door.script.pause_s = 0.01
     running = await programs.python_client(door.url, home, "openai_chat_streamed").start(SLOW + " [[say: x]]")
-    await wait_for(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations))
+    await until(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations))
     running.process.kill()
-    await wait_for(lambda: door.script.num_cancelled == 1)
-    await asyncio.wait_for(running.ended(), 120)
+    await until(lambda: door.script.num_cancelled == 1)
+    await asyncio.wait_for(running.ended(), AT_MOST_S)
     assert door.script.generations[-1].finish_reason == "", "the output was not made to its end"
 
 

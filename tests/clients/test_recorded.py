@@ -12,6 +12,7 @@ import pytest
 
 from tests.clients.conversations import hits_and_full_blocks, hits_table
 from tests.clients.recording import RECORDED, TOLD, replayed
+from tests.waiting import AT_MOST_S
 
 FILES = sorted(RECORDED.glob("*.json"))
 
@@ -30,7 +31,7 @@ def session(path):
 @pytest.mark.parametrize("path", [session(path) for path in FILES])
 async def test_a_recorded_session(path, door):
     recorded = json.loads(path.read_text())
-    async with httpx2.AsyncClient(base_url=door.url, headers=recorded["headers"]) as client:
+    async with httpx2.AsyncClient(base_url=door.url, headers=recorded["headers"], timeout=AT_MOST_S) as client:
         for number, turn in enumerate(recorded["turns"]):
             body = replayed({**recorded["shared"], **turn["body"]})
             answer = await client.post(recorded["path"], json=body)

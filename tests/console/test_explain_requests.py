@@ -25,6 +25,7 @@ from tests.billing.usage_records import NOW_US, record
 from tests.gateway.bodies import CHAT, MESSAGES, RESPONSES
 from tests.gateway.scripted import MODEL, Script, make_front, serving
 from tests.gateway.test_user_names import ONE, claude
+from tests.waiting import AT_MOST_S
 
 SIZE = 64
 HI = {"role": "user", "content": "hi"}
@@ -75,7 +76,7 @@ def test_the_dry_run_is_the_prompt_that_the_door_runs(api):
     async def send():
         async with (
             serving(make_front(script, ledger=None), chat_format="deepseek-v4") as url,
-            httpx2.AsyncClient(base_url=url) as client,
+            httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
         ):
             return [(await client.post(address, json=each)).status_code for each in bodies]
 

@@ -15,6 +15,7 @@ from antefix_console.load.replay import Planned, Sent, replay
 from antefix_simulate.generated_traces import generate
 from tests.console.caching_door import CachingScript
 from tests.gateway.scripted import make_front, serving
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ async def test_a_refusal_is_a_reply_and_an_endpoint_that_is_not_there_too(tmp_pa
     ):
         refused = await client.ask(Question(prompt="x", max_tokens=-1))
     assert not refused.ok and refused.status == 400 and "max_tokens" in refused.error
-    async with EndpointClient(EndpointConfig(url=f"{url}/v1", api="chat", model="m", timeout_s=60)) as client:
+    async with EndpointClient(EndpointConfig(url=f"{url}/v1", api="chat", model="m", timeout_s=AT_MOST_S)) as client:
         gone = await client.ask(Question(prompt="x"))
     assert not gone.ok and gone.status == 0
 

@@ -16,6 +16,7 @@ from antefix_console.commands.up import _say
 from antefix_console.entry import hear_signals, main
 from antefix_console.orphans import reap
 from antefix_console.supervise import HEALTHY_S, NUM_DEATHS_MAX, PAUSE_S_MAX, Deaths, GaveUp, Supervisor
+from tests.waiting import AT_MOST_S
 
 
 class Clock:
@@ -170,7 +171,7 @@ while time.monotonic() < until and os.waitid(os.P_PID, own, os.WEXITED | os.WNOH
 num += reap({own})
 print(num, os.waitpid(own, 0)[1] >> 8)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=AT_MOST_S, check=True)
     assert done.stdout.split() == ["3", "7"]
 
 

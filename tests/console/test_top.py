@@ -14,6 +14,7 @@ from rich.console import Console
 
 from antefix_console.cli import main
 from antefix_console.top.screen import Choice, screen
+from tests.waiting import AT_MOST_S
 
 
 def totals(**changed):
@@ -163,7 +164,7 @@ def test_in_a_terminal_it_watches_and_q_ends_it(tmp_path):
         os.write(ours, b"f")
         seen += read_until(ours, b"request-3")
         os.write(ours, b"q")
-        assert top.wait(300) == 0, seen.decode(errors="replace")
+        assert top.wait(AT_MOST_S) == 0, seen.decode(errors="replace")
         os.close(ours)
     finally:
         server.kill()
@@ -171,8 +172,8 @@ def test_in_a_terminal_it_watches_and_q_ends_it(tmp_path):
         server.stdout.close()
 
 
-def read_until(descriptor, text, within_s=60.0):
-    seen, ends = b"", time.monotonic() + within_s
+def read_until(descriptor, text):
+    seen, ends = b"", time.monotonic() + AT_MOST_S
     while text not in seen and time.monotonic() < ends:
         if select.select([descriptor], [], [], 0.5)[0]:
             seen += os.read(descriptor, 65536)

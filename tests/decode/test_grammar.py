@@ -15,6 +15,7 @@ from antefix_decode import grammar_state as grammars
 from antefix_decode.grammar_state import Grammars
 from antefix_decode.token_choice import Sampler
 from tests.engines import MODEL
+from tests.waiting import AT_MOST_S, until
 
 WORD = 'start: "yes" | "no" | /[a-f]{4}/ "!"\n'
 
@@ -86,7 +87,7 @@ async def test_a_grammar_that_takes_too_long_holds_up_nobody(vocabulary, monkeyp
     go, ended = threading.Event(), []
 
     def slow(text):
-        go.wait(60)
+        go.wait(AT_MOST_S)
         ended.append(text)
 
     monkeypatch.setattr(vocabulary, "matcher", slow)
@@ -102,7 +103,7 @@ async def test_grammars_that_never_end_take_their_own_threads_and_no_others(voca
 
     def hang(text):
         begun.append(text)
-        go.wait(60)
+        go.wait(AT_MOST_S)
         raise ValueError("nobody waits for this")
 
     with monkeypatch.context() as patch:
@@ -112,13 +113,11 @@ async def test_grammars_that_never_end_take_their_own_threads_and_no_others(voca
             refused = InvalidRequest if number < grammars.NUM_AT_ONCE else Overloaded
             with pytest.raises(refused):
                 await ready.matcher(f'start: "{number}"')
-        while len(begun) < grammars.NUM_AT_ONCE:  # noqa: ASYNC110 - of threads
-            await asyncio.sleep(0.001)
+        await until(lambda: len(begun) >= grammars.NUM_AT_ONCE)
         assert len(begun) == grammars.NUM_AT_ONCE
         assert await asyncio.to_thread(lambda: 7) == 7
         go.set()
-        while ready._turns._value < grammars.NUM_AT_ONCE:  # noqa: ASYNC110 - of threads
-            await asyncio.sleep(0.001)
+        await until(lambda: ready._turns._value >= grammars.NUM_AT_ONCE)
     monkeypatch.setattr(grammars, "READY_S_MAX", 60.0)
     assert await ready.matcher(WORD) is not None
 

@@ -1,11 +1,13 @@
 """Continuous batching: other requests never change an output, and no request waits for another one's slow reader."""
 
 import asyncio
+import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from antefix.errors import AntefixError, InvalidRequest, NotFinite, Overloaded, Unavailable
+from antefix.errors import AntefixError, InvalidRequest, NotFinite, Overloaded, StepFailed, Unavailable
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
@@ -20,6 +22,7 @@ from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.run_prompt import run_prompt
 from tests.engines import MODEL
+from tests.waiting import AT_MOST_S, until
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size) for size in (90, 130, 200)]
@@ -164,8 +167,7 @@ async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_p
     scheduler.join(slow)
     quick = await generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), NUM_UNREAD + 20)
     assert len(quick) == NUM_UNREAD + 20
-    while slow.can_run:  # noqa: ASYNC110 - the loop of the scheduler is what is waited for
-        await asyncio.sleep(0.01)
+    await until(lambda: not slow.can_run)
     assert slow.unread.qsize() == NUM_UNREAD and not slow.done
     assert len(await finish(scheduler, slow, shown)) == NUM_UNREAD + 10
     await scheduler.close()
@@ -203,6 +205,36 @@ async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_p
     marks = [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT]
     assert blocks == [64, 128, 192]
     assert marks == [64, 192]
+    await scheduler.close()
+
+
+async def test_an_unexpected_error_of_the_loop_fails_its_sequences_and_the_loop_goes_on(monkeypatch):
+    """Without an engine: the step itself is replaced."""
+    compute = SimpleNamespace(chunk_tenants=frozenset(), stepping_for=lambda shares: None)
+    scheduler, steps = Scheduler(SimpleNamespace(compute=compute), 8), []
+
+    async def step(batch):
+        steps.append(batch)
+        if len(steps) == 1:
+            raise RuntimeError("nobody expected this")
+        for running in batch:
+            running.done = True
+            running.unread.put_nowait(None)
+
+    def running():
+        parts = dict.fromkeys(("prompt", "sequence", "sampler", "stopper", "writer"))
+        return Running(**parts, next_token=0, prompt_tokens=1)
+
+    monkeypatch.setattr(scheduler, "_step", step)
+    monkeypatch.setattr("antefix.keep_running.AGAIN_S", 0.0)
+    async with scheduler.place() as place, asyncio.timeout(300):
+        for fails in (True, False):
+            one = running()
+            one.place = place
+            scheduler.join(one)
+            with pytest.raises(StepFailed) if fails else contextlib.nullcontext():
+                assert [token async for token in scheduler.tokens(one)] == []
+            scheduler._running.remove(one)
     await scheduler.close()
 
 
@@ -245,8 +277,8 @@ async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, mak
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 40))
     with pytest.raises(AntefixError, match="a step of the model failed"):
-        await asyncio.wait_for(finish(scheduler, bad, shown), 150)
-    assert len(await asyncio.wait_for(good, 150)) == 40
+        await asyncio.wait_for(finish(scheduler, bad, shown), AT_MOST_S)
+    assert len(await asyncio.wait_for(good, AT_MOST_S)) == 40
     assert engine.blocks.num_available == engine.pool.num_blocks
     await scheduler.close()
 
@@ -267,7 +299,7 @@ async def test_a_step_that_fails_for_one_runs_for_the_others(make_engine, make_p
     monkeypatch.setattr("antefix_decode.scheduler.run_step", step)
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 12))
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(AT_MOST_S):
         # The error says that another worker may be tried, and does not quote torch.
         with pytest.raises(Unavailable, match="a step of the model failed; the worker's log has it"):
             await finish(scheduler, bad, shown)
@@ -292,7 +324,7 @@ async def test_logits_that_are_no_numbers_end_their_own_sequence_only(make_engin
     monkeypatch.setattr("antefix_decode.scheduler.run_step", step)
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 6))
-    async with asyncio.timeout(150):
+    async with asyncio.timeout(AT_MOST_S):
         with pytest.raises(NotFinite):
             await finish(scheduler, bad, shown)
         assert len(await good) == 6
@@ -394,9 +426,7 @@ async def test_what_a_request_needs_is_loaded_while_it_waits_for_a_place(make_en
     cold = await served(first, tokens, sampling)
     async with second.scheduler.place():
         waiting = asyncio.create_task(served(second, tokens, sampling))
-        async with asyncio.timeout(60):
-            while not second.prefetcher.counters.num_prefetched:  # noqa: ASYNC110 - its task is what is waited for
-                await asyncio.sleep(0.01)
+        await until(lambda: second.prefetcher.counters.num_prefetched)
         assert not waiting.done() and second.scheduler.num_waiting == 1
     output, _, hit = await waiting
     assert (output, hit) == (cold[0], 192)

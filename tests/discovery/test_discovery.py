@@ -1,6 +1,5 @@
 """Services start, stop and move. DNS and Redis report these changes late, in part or not at all."""
 
-import asyncio
 import json
 
 import pytest
@@ -11,6 +10,7 @@ from antefix.discovery.redis_leases import LEASE_TTL_S
 from antefix.errors import ConfigError, Unavailable
 from antefix.events.event_seal import EventKeys
 from antefix.redis_access import RedisAccess
+from tests.waiting import AT_MOST_S, until
 
 KEYS = EventKeys({1: bytes(32)}, generation=1)
 HASH = "antefix:services:{kvstore}"
@@ -86,18 +86,17 @@ def lease(at, name="a", address="127.0.0.1:7010", keys=KEYS):
     return ServiceLease(at, role="kvstore", name=name, address=address, keys=keys)
 
 
-async def until(reader, names):
-    for _ in range(6000):
-        if {each.name for each in await reader.find()} == names:
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError(f"{names} were not found")
+async def finds(reader, names):
+    async def are_found():
+        return {each.name for each in await reader.find()} == names
+
+    await until(are_found, f"{names} are found")
 
 
 async def test_a_service_is_found_while_it_says_so_and_not_after_it_left(at):
     reader = LeaseReader(at, role="kvstore", keys=KEYS)
     async with lease(at), lease(at, "b", "127.0.0.1:7011"):
-        await until(reader, {"a", "b"})
+        await finds(reader, {"a", "b"})
         assert Found("b", "127.0.0.1:7011") in await reader.find()
         assert not await LeaseReader(at, role="prefill", keys=KEYS).find()
     assert not await reader.find()
@@ -107,9 +106,9 @@ async def test_a_service_is_found_while_it_says_so_and_not_after_it_left(at):
 async def test_a_service_that_died_is_gone_after_its_lease_and_old_words_bring_it_back_no_more(at):
     now = [0.0]
     reader = LeaseReader(at, role="kvstore", keys=KEYS, clock=lambda: now[0])
-    client = at.connect(timeout_s=60)
+    client = at.connect(timeout_s=AT_MOST_S)
     async with lease(at):
-        await until(reader, {"a"})
+        await finds(reader, {"a"})
         old = await client.hget(HASH, "a")
     await client.hset(HASH, "a", old)
     assert len(await reader.find()) == 1
@@ -124,9 +123,9 @@ async def test_a_service_that_died_is_gone_after_its_lease_and_old_words_bring_i
 
 
 async def test_statements_of_others_are_not_believed(at):
-    reader, client = LeaseReader(at, role="kvstore", keys=KEYS), at.connect(timeout_s=60)
+    reader, client = LeaseReader(at, role="kvstore", keys=KEYS), at.connect(timeout_s=AT_MOST_S)
     async with lease(at, keys=EventKeys({1: bytes(31) + b"x"}, generation=1)), lease(at, "b"):
-        await until(reader, {"b"})
+        await finds(reader, {"b"})
         good = json.loads(await client.hget(HASH, "b"))
         for name, text in {
             "c": json.dumps(good),
@@ -152,17 +151,18 @@ async def test_leases_go_on_when_redis_comes_back(start_redis, monkeypatch):
     reader = LeaseReader(at, role="kvstore", keys=KEYS)
     following = Following([reader], lambda known: None)
     async with lease(at):
-        for _ in range(6000):
+
+        async def looked():
             await following.look()
-            if following.known:
-                break
-            await asyncio.sleep(0.01)
+            return following.known
+
+        await until(looked, "the service is found")
         server.kill()
         await following.look()
         assert following.num_failed and len(following.known) == 1
         server.start()
         # Redis came back empty, so the service registers again.
-        await until(reader, {"a"})
+        await finds(reader, {"a"})
     await following.close()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from antefix.sampling import Sampling
+from tests.waiting import until
 
 pytestmark = pytest.mark.services
 
@@ -27,12 +28,8 @@ def stored_bytes(deployment):
 async def killed_after(deployment, victim, grown_bytes):
     """Kill -9 once the store's files have grown by this much, which is in the middle of a prompt's writes."""
     goal = stored_bytes(deployment) + grown_bytes
-    for _ in range(60_000):
-        if stored_bytes(deployment) >= goal:
-            await deployment.kill(victim)
-            return
-        await asyncio.sleep(0.001)
-    pytest.fail(f"the store never reached {goal} bytes")
+    await until(lambda: stored_bytes(deployment) >= goal, f"the store has {goal} bytes", every_s=0.001)
+    await deployment.kill(victim)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from antefix.sampling import Sampling
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.services
 
@@ -41,7 +42,7 @@ async def with_a_kill(deployment, busy_decode, prompt, sampling, *, after, num_t
 async def until_stored(deployment, ask, prompt):
     """Ask new prompts until both workers are connected to the store again and one prompt's KV is stored completely."""
     written, fresh = None, np.flip(prompt)
-    async with asyncio.timeout(600):
+    async with asyncio.timeout(2 * AT_MOST_S):
         # The prefill worker stores the prompt's whole blocks, the decode worker the one that the output ends.
         while written != (960, 64):
             await asyncio.sleep(0.2)
@@ -53,7 +54,7 @@ async def until_stored(deployment, ask, prompt):
 
 async def until_read(deployment, ask, stored, other):
     """Ask continuations of a stored prompt until one hits in the store. `other` pushes it out of memory before each."""
-    async with asyncio.timeout(600):
+    async with asyncio.timeout(2 * AT_MOST_S):
         for length in itertools.count(9):
             _, last = await ask(deployment, np.concatenate((stored, stored[:length])))
             if last.restore.hit_store_tokens:
@@ -87,7 +88,7 @@ async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_i
         old = deployment.one("kvstore")
         await deployment.kill(old)
         longer = np.concatenate((prompt, prompt[:50]))
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(AT_MOST_S):
             output, _ = await ask(deployment, longer)
         assert output == small_reference.generate(longer, 24)
 
@@ -139,17 +140,13 @@ async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, 
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(AT_MOST_S):
         ready = json.loads(await starter.stdout.readline())
     pids = [process["pid"] for process in ready["processes"]]
     assert len(pids) == 4
     starter.kill()
     await starter.wait()
-    for _ in range(1200):
-        if not any(is_running(pid) for pid in pids):
-            return
-        await asyncio.sleep(0.1)
-    pytest.fail("roles outlived `antefix up`")
+    await until(lambda: not any(is_running(pid) for pid in pids), "roles end after `antefix up`")
 
 
 def is_running(pid):

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import random
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from antefix.errors import AntefixError, PermissionDenied, Unauthenticated, Unav
 from antefix.sampling import Sampling
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix_console.deployment import Deployment
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.services
 
@@ -57,15 +57,6 @@ class Fleet:
 @pytest.fixture
 def fleet(make_config):
     return lambda: Fleet(make_config())
-
-
-async def until(condition, seconds=300.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if await condition():
-            return
-        await asyncio.sleep(0.1)
-    pytest.fail("it did not come to be in time")
 
 
 def memory_known(client):
@@ -137,7 +128,7 @@ async def test_a_worker_that_drains_ends_what_it_has_and_gets_nothing_new(
     deploy, prompt, small_model, small_reference, busy_decode
 ):
     async with deploy(num_decode=2, model=small_model) as deployment:
-        async with asyncio.timeout(600):
+        async with asyncio.timeout(2 * AT_MOST_S):
             drained = None
             while drained is None:
                 output, drained = await drained_in_mid_stream(deployment, prompt, busy_decode)
@@ -184,7 +175,7 @@ async def nobody_else_may_register(deployment):
         )
         # This process proves the deployment's secret as an operator. A stranger has no proof.
         with pytest.raises((PermissionDenied, Unauthenticated)), rpc.rpc_errors():
-            await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(intruder, timeout=60)
+            await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(intruder, timeout=AT_MOST_S)
     assert len((await client.status()).workers) == 2
 
 
@@ -224,7 +215,7 @@ async def test_a_router_that_was_killed_knows_its_workers_again(fleet, prompt, r
         assert (await ask(client, prompt))[0] == expected
         await one.deployment.kill(process)
         with pytest.raises(AntefixError):
-            await ask(client, prompt, timeout_s=5)
+            await ask(client, prompt, timeout_s=AT_MOST_S)
         _, client = await one.router(process.address)
         await until(known(client, prefill, decode))
         output, last = await ask(client, prompt)
@@ -276,4 +267,6 @@ async def test_a_router_that_follows_the_stores_events_hits_and_outlives_the_sto
         assert output == small_reference.generate(longer, 24) and last.usage.cache_hit_tokens == 960
         await deployment.kill(deployment.one("kvstore"))
         other = np.flip(prompt)
-        assert (await asyncio.wait_for(ask(deployment.router, other), 300))[0] == small_reference.generate(other, 24)
+        assert (await asyncio.wait_for(ask(deployment.router, other), AT_MOST_S))[0] == small_reference.generate(
+            other, 24
+        )

@@ -15,6 +15,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store.open_store import StoresConfig, open_stores, store_sources
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
+from tests.waiting import until
 
 pytestmark = pytest.mark.services
 PROMPT = Prompt(list(range(64)))
@@ -70,14 +71,6 @@ async def stores(tmp_path, redis):
     grants.hold(b"")
 
 
-async def until(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("it did not come about")
-
-
 def found(stores):
     return {member.tier.name: member.address for member in stores.members.stores}
 
@@ -97,10 +90,12 @@ async def test_stores_that_start_later_die_and_move_are_found_and_used(stores, s
     await first.wait()
     await serve("a")
     await until(lambda: found(stores).get("a", before) != before)
-    async with asyncio.timeout(300):
-        # The connection to the new address may not be open yet.
-        while (await stores.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks != 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+
+    async def are_found():
+        return (await stores.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 2
+
+    # The connection to the new address may not be open yet.
+    await until(are_found)
     # 4. A store that stops removes its registration.
     second.send_signal(signal.SIGTERM)
     await until(lambda: set(found(stores)) == {"a"})

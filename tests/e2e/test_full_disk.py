@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from antefix.sampling import Sampling
@@ -13,6 +11,7 @@ from antefix_billing.reconcile import verify
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.e2e.conftest import SMALL_POOL
 from tests.small_disk import fill, free_bytes, small_disk
+from tests.waiting import until
 
 MIB = 1 << 20
 
@@ -45,9 +44,11 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
             # After space becomes free, the store writes again without a restart.
             for number in range(len(levels)):
                 (disk / f"ballast{number}").unlink(missing_ok=True)
-            async with asyncio.timeout(300):
-                while (await store.stats()).stopped:  # noqa: ASYNC110 - another process's state
-                    await asyncio.sleep(0.1)
+
+            async def writes_again():
+                return not (await store.stats()).stopped
+
+            await until(writes_again)
             await store.close()
         records = [item.record for item in read_settled(config.ledger_dir)]
         assert len(records) == 1 + 2 * len(levels) and verify(config.ledger_dir).ok

@@ -1,9 +1,7 @@
 """Both directions at once: our deployment sends KV events, and a fleet router places requests on it by these events."""
 
-import asyncio
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import httpx
@@ -15,6 +13,7 @@ from antefix_router.fleet.fleet_door import PATHS, build_fleet_app
 from antefix_router.fleet.fleet_router import FleetRouter
 from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
+from tests.waiting import AT_MOST_S, until
 
 
 async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(
@@ -42,16 +41,13 @@ async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(
             measures = HttpMeasures(PATHS)
             http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures)
             (engine,) = router.engines.engines
-            async with httpx.AsyncClient(base_url=f"http://{http.address}", timeout=300) as client:
+            async with httpx.AsyncClient(base_url=f"http://{http.address}", timeout=AT_MOST_S) as client:
                 body = {"model": "any", "prompt": document.tolist(), "max_tokens": 4, "temperature": 0}
                 whole_blocks = len(document) // 64 * 64
                 for number in range(2):
                     answer = await client.post("/v1/completions", json=body)
                     assert answer.status_code == 200, answer.text
-                    ends = time.monotonic() + 120
-                    while len(engine.index) < whole_blocks // 64:
-                        assert time.monotonic() < ends, f"no events after request {number}"
-                        await asyncio.sleep(0.05)
+                    await until(lambda: len(engine.index) >= whole_blocks // 64, f"events of request {number}")
             assert engine.index.block_size == 64
             assert engine.hits.expected == whole_blocks
             assert engine.hits.reported > 0

@@ -1,17 +1,9 @@
 """A router without configured workers finds all workers by their leases in Redis, as they start, die and leave."""
 
-import asyncio
 import signal
 
 from antefix_router.placement.workers import WorkerRole
-
-
-async def until(condition):
-    for _ in range(1200):
-        if await condition():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("it did not come about in a minute")
+from tests.waiting import until
 
 
 async def test_workers_are_found_by_leases_as_they_come_die_and_leave(

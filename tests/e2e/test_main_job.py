@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from antefix.sampling import Sampling
+from tests.waiting import until
 
 pytestmark = pytest.mark.services
 
@@ -73,26 +74,26 @@ async def test_concurrent_requests_get_their_own_answers(deploy, ask, document, 
     async with deploy(num_decode=2, model=small_model) as deployment:
         answers = await asyncio.gather(*(ask(deployment, prompt, max_tokens=16) for prompt in prompts))
         answers += await asyncio.gather(*(ask(deployment, prompt, max_tokens=16) for prompt in prompts))
-        assert await idle(deployment)
+        await until_idle(deployment)
     expected = [small_reference.generate(prompt, 16) for prompt in prompts]
     assert [output for output, _ in answers] == expected * 2
 
 
-async def idle(deployment):
-    """Check that no role counts a running request once all have ended."""
-    for _ in range(1200):
+async def until_idle(deployment):
+    """Wait until no role counts a running request, after all have ended."""
+
+    async def is_idle():
         status = await deployment.router.status()
-        if all(worker.num_requests == 0 and worker.num_tokens_queued == 0 for worker in status.workers):
-            return True
-        await asyncio.sleep(0.05)
-    return False
+        return all(worker.num_requests == 0 and worker.num_tokens_queued == 0 for worker in status.workers)
+
+    await until(is_idle)
 
 
 async def test_a_cancelled_client_stops_the_work(running, ask, document):
     stream = running.router.generate(document, Sampling(max_tokens=5000, ignore_eos=True))
     await anext(aiter(stream))
     await stream.aclose()
-    assert await idle(running)
+    await until_idle(running)
     output, _ = await ask(running, document[:100], max_tokens=4)
     assert len(output) <= 4
 

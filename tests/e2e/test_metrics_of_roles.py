@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as prometheu
 
 from antefix.errors import ConfigError
 from antefix_console.deployment import METRICS_TARGETS_FILE, Deployment
+from tests.waiting import AT_MOST_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
@@ -25,7 +26,7 @@ ELSEWHERE += ("antefix_window_pool_forged_", "antefix_router_dropped_events")
 
 def fetch(address, accept="text/plain"):
     request = urllib.request.Request(f"http://{address}/metrics", headers={"accept": accept})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=AT_MOST_S) as answer:
         return answer.read().decode()
 
 

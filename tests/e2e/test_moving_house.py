@@ -11,6 +11,7 @@ from antefix.store.open_store import StoreAddress, open_stores
 from antefix.store.remote_store import RemoteStore
 from tests.e2e.test_stores_over_services import serve_store, services
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
+from tests.waiting import until
 
 __all__ = ["services"]
 pytestmark = pytest.mark.services
@@ -47,11 +48,10 @@ async def num_restored(stores):
 
 
 async def restores(stores, num_blocks):
-    for _ in range(1500):
-        if await num_restored(stores) == num_blocks:
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError(f"{num_blocks} blocks were not restored")
+    async def are_all():
+        return await num_restored(stores) == num_blocks
+
+    await until(are_all, f"{num_blocks} blocks are restored")
 
 
 async def test_a_backup_of_a_served_store_is_restored_into_another_and_served_itself(services, tmp_path):

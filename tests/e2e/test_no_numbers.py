@@ -19,6 +19,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_router.naming import PromptNames
 from tests.small_worker_model import small_worker_model
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.services
 BLOCK = 64
@@ -76,7 +77,7 @@ async def test_stored_nan_is_a_quarantined_miss_and_neighbours_go_on(deploy):
 
 
 async def metrics_of(process):
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=AT_MOST_S) as client:
         return (await client.get(f"http://{process.metrics_address}/metrics")).text
 
 
@@ -102,10 +103,12 @@ async def test_computed_nan_fails_its_request_alone_and_is_not_stored(deploy, po
         # 1. Both APIs give a clear error that does not quote torch.
         with pytest.raises(Unavailable, match=r"NaN or infinity|a step of the model failed"):
             await output_of(deployment, bad, Sampling(max_tokens=10))
-        async with httpx2.AsyncClient(base_url=f"http://{deployment.one('router').http_address}") as door:
+        async with httpx2.AsyncClient(
+            base_url=f"http://{deployment.one('router').http_address}", timeout=AT_MOST_S
+        ) as door:
             body = {"model": "x", "prompt": bad.tolist(), "max_tokens": 4, "temperature": 0}
             body["model"] = (await door.get("/v1/models")).json()["data"][0]["id"]
-            answer = await door.post("/v1/completions", json=body, timeout=60)
+            answer = await door.post("/v1/completions", json=body, timeout=AT_MOST_S)
         assert answer.status_code == 503
         message = answer.json()["error"]["message"]
         assert "NaN or infinity" in message or "a step of the model failed" in message

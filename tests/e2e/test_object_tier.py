@@ -11,6 +11,7 @@ from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
 from antefix.usage import tiers_of_text
 from antefix_billing.ledger_files import read_settled
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.services
 UPLOADS = ("--budget-bytes", "256M", "--object-upload", "all", "--object-wait-s", "0")
@@ -34,13 +35,13 @@ async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, sm
         output, first = await ask(deployment, prompt)
         assert output == small_reference.generate(prompt, 24)
         catalog = Catalog(open_bucket(url))
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(AT_MOST_S):
             while catalog.num_records < 1900 // 128:
                 await asyncio.sleep(0.1)
                 await catalog.refresh()
         longer = np.concatenate((prompt, document[:100]))
         # Disk and memory are empty each time. On a busy machine the tier's first answer may come too late.
-        async with asyncio.timeout(480):
+        async with asyncio.timeout(2 * AT_MOST_S):
             while True:
                 for path in deployment.config.store_dir.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.redis_servers import free_port
+from tests.waiting import AT_MOST_S
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "observability"
@@ -38,7 +39,7 @@ def test_the_script_runs_its_load_and_leaves_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 requests answered" in done.stdout and f"http://127.0.0.1:{port}/ui" in done.stdout
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=AT_MOST_S)
     assert [each.name for each in tmp_path.iterdir()] == ["bin"]
 
 

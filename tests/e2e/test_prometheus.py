@@ -13,6 +13,7 @@ import pytest
 from antefix_console.deployment import METRICS_TARGETS_FILE
 from tests.e2e.test_metrics_of_roles import ROLES, fetch
 from tests.redis_servers import free_port
+from tests.waiting import AT_MOST_S, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS_TEST = Path(__file__).parents[1] / "telemetry" / "alerts_test.yml"
@@ -32,7 +33,7 @@ def promtool(*args, **options):
 def query(address, expression):
     """The value of an expression that has one sample."""
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=60) as answer:
+    with urllib.request.urlopen(url, timeout=AT_MOST_S) as answer:
         found = json.load(answer)["data"]["result"]
     return float(found[0]["value"][1]) if found else None
 
@@ -77,13 +78,9 @@ async def test_prometheus_scrapes_a_deployment(deploy, ask, document, tmp_path):
 
 
 async def until_equal(address, expression, value):
-    found = None
-    for _ in range(300):
-        try:
-            found = await asyncio.to_thread(query, address, expression)
-        except OSError:
-            found = "no answer"
-        if found == value:
-            return
-        await asyncio.sleep(0.2)
-    raise AssertionError(f"{expression} is {found}, not {value}")
+    async def is_equal():
+        found = await asyncio.to_thread(query, address, expression)
+        assert found == value
+        return True
+
+    await until(is_equal, f"{expression} is {value}", despite=(OSError, AssertionError))

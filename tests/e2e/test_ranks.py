@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from antefix_prefill.worker.rank_processes import EXIT_LOST
+from tests.waiting import AT_MOST_S
 
 
 def children_of(pid: int) -> list[int]:
@@ -30,7 +31,7 @@ async def test_a_deployment_over_ranks_hits_and_outlives_one_that_dies(deploy, a
         prefill = deployment.one("prefill")
         (other,) = children_of(prefill.process.pid)
         os.kill(other, signal.SIGKILL)
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(AT_MOST_S):
             assert await prefill.process.wait() == EXIT_LOST
         assert f"rank 1 (pid {other}) died with status -9; this worker ends" in prefill.log_path.read_text()
         third, _ = await ask(deployment, document[100:600], max_tokens=12)

@@ -1,7 +1,6 @@
 """Three real store services: one dies during a read, and blocks that are often read elsewhere are copied home."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from antefix.store.local_copies import LocalCopies
 from antefix.store.open_store import StoreAddress, open_stores
 from antefix.store.remote_store import RemoteStore
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.services
 # 40 blocks of 1 MiB are read in pieces of 16 MiB, so a store that dies has sent some pieces and not others.
@@ -56,12 +56,8 @@ async def serve_store(tmp_path, name):
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     async with RemoteStore(flags["address"]) as store:
-        for _ in range(3000):
-            with contextlib.suppress(AntefixError):
-                await store.stats()
-                return process, flags["address"]
-            await asyncio.sleep(0.1)
-    raise AssertionError(f"store {name} does not serve")
+        await until(store.stats, f"store {name} serves", despite=AntefixError)
+    return process, flags["address"]
 
 
 async def _end(process):
@@ -131,12 +127,14 @@ async def test_a_store_that_was_away_is_read_as_soon_as_it_is_back(services, tmp
     services["b"][0].send_signal(signal.SIGKILL)
     await services["b"][0].wait()
     tier = next(tier for tier in stores.tiers if tier.name == "b")
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(AT_MOST_S):
         while not tier.is_shunned:
             await _restored(stores)
     assert (await _restored(stores)).num_good == 0
     services["b"] = await serve_store(tmp_path, "b")
-    async with asyncio.timeout(300):
-        while (await _restored(stores)).num_good != 40:  # noqa: ASYNC110  (another process)
-            await asyncio.sleep(0.05)
+
+    async def are_all_restored():
+        return (await _restored(stores)).num_good == 40
+
+    await until(are_all_restored)
     await stores.close()

@@ -2,6 +2,8 @@
 
 import pytest
 
+from tests.waiting import AT_MOST_S
+
 httpx2 = pytest.importorskip("httpx2")
 pytest.importorskip("opentelemetry.sdk")
 
@@ -16,11 +18,11 @@ async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy, small
     with receiving() as (receiver, url):
         async with deploy(model=small_model, http_address="127.0.0.1:0", traces=url, strategy="zero") as deployment:
             address = f"http://{deployment.one('router').http_address}"
-            async with httpx2.AsyncClient(base_url=address) as client:
+            async with httpx2.AsyncClient(base_url=address, timeout=AT_MOST_S) as client:
                 for number in range(2):
                     body = {"model": "m", "prompt": "to be or not to be " * 60, "max_tokens": 80, "temperature": 0}
                     headers = {"traceparent": f"00-{TRACE_ID[:-1]}{number}-{PARENT_ID}-01"}
-                    answer = await client.post("/v1/completions", json=body, headers=headers, timeout=120)
+                    answer = await client.post("/v1/completions", json=body, headers=headers, timeout=AT_MOST_S)
                     assert answer.status_code == 200, answer.text
         # The roles send their remaining spans when they stop.
     cold = [span for span in receiver.spans if span.trace_id == f"{TRACE_ID[:-1]}0"]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import httpx2
 
+from tests.waiting import AT_MOST_S
+
 ALIASES = Path(__file__).parents[2] / "deploy" / "model_aliases.toml"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
@@ -19,11 +21,11 @@ async def test_up_takes_a_chat_format_and_model_aliases(tmp_path):
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        ready = json.loads(await asyncio.wait_for(up.stdout.readline(), 300))
+        ready = json.loads(await asyncio.wait_for(up.stdout.readline(), AT_MOST_S))
         ask = [{"role": "user", "content": "hi"}]
         body = {"max_tokens": 2, "messages": ask, "tools": [TOOL], "temperature": 0}
         modes = {"deepseek-chat": "off", "deepseek-reasoner": "high", "claude-opus-4-8": "high"}
-        async with httpx2.AsyncClient(base_url=f"http://{ready['http_address']}", timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=f"http://{ready['http_address']}", timeout=AT_MOST_S) as client:
             for name, mode in modes.items():
                 # The small model's own chat format has no tools and no thinking.
                 answer = await client.post("/v1/chat/completions", json={"model": name, **body})

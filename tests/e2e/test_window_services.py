@@ -15,6 +15,7 @@ from antefix.sampling import Sampling
 from antefix.store.remote_store import RemoteStore
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.waiting import AT_MOST_S
 
 pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(600)]
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
@@ -100,7 +101,7 @@ async def test_explain_reads_what_the_services_left(tmp_path):
     tokens.write_text(str([int(token) for token in TURN]))
     command = [sys.executable, "-m", "antefix_console", "explain", "--data-dir", str(config.data_dir), "--check"]
     command += ["--tokens-file", str(tokens)]
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=AT_MOST_S)
     assert done.returncode == 0, done.stderr
     assert "15 of 15 blocks can be used" in done.stdout
     assert "after so many tokens: 960" in done.stdout

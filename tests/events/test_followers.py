@@ -14,7 +14,7 @@ from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.event_seal import DropReason, public_epoch
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from tests.events.sources import CHAIN, EVENT_KEYS, MemorySource, StoreSource, cut_off, is_level, is_right
-from tests.redis_servers import until
+from tests.waiting import AT_MOST_S, until
 
 
 @pytest.fixture(autouse=True)
@@ -342,12 +342,12 @@ async def test_what_ends_in_the_moment_of_news_does_end(source, started, redis, 
     await source.hold(1)
     for _ in range(turns):
         await asyncio.sleep(0)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await source.hush()
     router.follower._wanted.set()
     for _ in range(turns):
         await asyncio.sleep(0)
-    ended, _ = await asyncio.wait([closing := asyncio.create_task(router.close())], timeout=60)
+    ended, _ = await asyncio.wait([closing := asyncio.create_task(router.close())], timeout=AT_MOST_S)
     assert ended and closing.exception() is None
 
 

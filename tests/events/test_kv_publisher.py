@@ -12,6 +12,7 @@ import zmq.asyncio
 from antefix.errors import ConfigError
 from antefix.events.kv_publisher import KEPT_BATCHES_MAX, KvPublisher, KvPublisherConfig
 from antefix.events.kv_sockets import CurveKey, guard_client, is_local
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ class Reader:
             self.asking.connect(publisher.replay_endpoint)
 
     async def next(self):
-        topic, number, payload = await asyncio.wait_for(self.sub.recv_multipart(), 60)
+        topic, number, payload = await asyncio.wait_for(self.sub.recv_multipart(), AT_MOST_S)
         return topic, int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
 
     async def hears_nothing(self, seconds=0.3):
@@ -50,7 +51,7 @@ class Reader:
         await self.asking.send_multipart([b"", number.to_bytes(8, "big")])
         found = []
         while True:
-            *_, number, payload = await asyncio.wait_for(self.asking.recv_multipart(), 60)
+            *_, number, payload = await asyncio.wait_for(self.asking.recv_multipart(), AT_MOST_S)
             if int.from_bytes(number, "big", signed=True) == -1:
                 return found
             found.append((int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)))
@@ -87,7 +88,7 @@ async def read():
         reader = Reader(publisher, *args, **options)
         opened.append(reader)
         if is_let_in:
-            await asyncio.wait_for(reader.connected.recv_multipart(), 60)
+            await asyncio.wait_for(reader.connected.recv_multipart(), AT_MOST_S)
         await asyncio.sleep(SUBSCRIBED_S)
         return reader
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 
 import httpx
 import pytest
@@ -14,6 +13,7 @@ from antefix_router.fleet.fleet_router import FleetRouter
 from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
 from tests.fleet.standin import MODEL, Standin
+from tests.waiting import AT_MOST_S, until
 
 
 class Fleet:
@@ -23,7 +23,7 @@ class Fleet:
         self.router = router
         self.http = http
         self.workers = workers
-        self.client = httpx.AsyncClient(base_url=f"http://{http.address}", timeout=120, trust_env=False)
+        self.client = httpx.AsyncClient(base_url=f"http://{http.address}", timeout=AT_MOST_S, trust_env=False)
 
     async def chat(self, text, *, expect=200, headers=None, **more):
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
@@ -39,22 +39,18 @@ class Fleet:
         following = self.engine(worker).subscriber
         return following is None or (following.in_step and (following._next or 0) == worker.publisher.number)
 
-    async def heard(self, condition=None, timeout_s=60.0):
+    async def heard(self, condition=None):
         """Wait until the router has received all workers' events, and the condition holds."""
-        ends = time.monotonic() + timeout_s
-        while True:
-            told = all(self.is_told(worker) for worker in self.workers if worker.publisher is not None)
-            if told and (condition is None or condition()):
-                return
-            assert time.monotonic() < ends, "the router did not hear it"
-            await asyncio.sleep(0.01)
 
-    async def heard_down(self, worker, timeout_s=60.0):
+        def is_heard():
+            told = all(self.is_told(worker) for worker in self.workers if worker.publisher is not None)
+            return told and (condition is None or condition())
+
+        await until(is_heard, "the router has heard it")
+
+    async def heard_down(self, worker):
         """Wait until the router has noticed that the worker is down."""
-        ends = time.monotonic() + timeout_s
-        while self.engine(worker).is_up or self.engine(worker).tells:
-            assert time.monotonic() < ends, "the router did not notice"
-            await asyncio.sleep(0.01)
+        await until(lambda: not (self.engine(worker).is_up or self.engine(worker).tells))
         await asyncio.sleep(0.15)  # the router checks the worker's health once more
 
     @property

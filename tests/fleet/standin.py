@@ -20,6 +20,8 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from tests.waiting import until
+
 BLOCK = 16
 MODEL = "other-model"
 TEMPLATE = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}
@@ -128,8 +130,7 @@ class Standin:
         self._tasks = [asyncio.create_task(self._server.serve(sockets=[listener]))]
         if self.publisher is not None:
             self._tasks.append(asyncio.create_task(self.publisher.answer()))
-        while not self._server.started:  # noqa: ASYNC110 - it has no event
-            await asyncio.sleep(0.005)
+        await until(lambda: self._server.started)
         self.is_stopped = False
         return self
 

@@ -12,6 +12,7 @@ from antefix_billing.receipt import check_receipt
 from antefix_billing.usage_record import Status
 from antefix_router.fleet.fleet_config import FleetConfig
 from tests.fleet.standin import MODEL, Standin
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -33,12 +34,6 @@ def events_of(answer):
     lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
-
-
-async def until(condition):
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - of what has no event
-            await asyncio.sleep(0.01)
 
 
 async def test_a_second_request_goes_where_the_first_one_was(fleet, two):

@@ -11,6 +11,7 @@ import pytest
 from antefix_billing.ledger_files import read_settled
 from tests.child_environment import child_environment
 from tests.fleet.standin import MODEL, Standin
+from tests.waiting import AT_MOST_S, until
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -28,18 +29,18 @@ async def test_a_fleet_is_served_from_the_command_line(tmp_path):
     ]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=child_environment())
     try:
-        started = json.loads(await asyncio.wait_for(process.stdout.readline(), 300))
+        started = json.loads(await asyncio.wait_for(process.stdout.readline(), AT_MOST_S))
         assert started["role"] == "fleet"
-        async with httpx.AsyncClient(base_url=f"http://{started['http_address']}", timeout=30) as client:
+        async with httpx.AsyncClient(base_url=f"http://{started['http_address']}", timeout=AT_MOST_S) as client:
             body = {"model": MODEL, "messages": [{"role": "user", "content": LONG}], "max_tokens": 2, "seed": 1}
             first = await client.post("/v1/chat/completions", json=body)
+
             # The worker sends its events a moment later.
-            async with asyncio.timeout(120):
-                while True:
-                    second = await client.post("/v1/chat/completions", json=body)
-                    if int(second.headers["antefix-hit-tokens"]) > 800:
-                        break
-                    await asyncio.sleep(0.1)
+            async def hit():
+                answer = await client.post("/v1/chat/completions", json=body)
+                return answer if int(answer.headers["antefix-hit-tokens"]) > 800 else None
+
+            second = await until(hit)
             assert second.headers["antefix-worker"] == first.headers["antefix-worker"]
             shown = (await client.get(f"http://{started['metrics_address']}/metrics")).text
             assert 'antefix_fleet_hit_tokens_total{what="reported"' in shown or 'what="reported"' in shown
@@ -49,7 +50,7 @@ async def test_a_fleet_is_served_from_the_command_line(tmp_path):
         assert asked.returncode == 0
         assert all(worker.address in told.decode() for worker in workers)
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 300) == 0
+        assert await asyncio.wait_for(process.wait(), AT_MOST_S) == 0
     finally:
         if process.returncode is None:
             process.kill()

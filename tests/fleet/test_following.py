@@ -73,6 +73,18 @@ async def test_without_an_answer_to_a_gap_all_is_forgotten(followed, monkeypatch
     assert following.counters.num_forgotten >= 1
 
 
+async def test_an_engine_that_ends_in_the_middle_of_a_replay_is_not_waited_for(followed, monkeypatch):
+    monkeypatch.setattr("antefix.events.kv_subscriber._REPLY_TIMEOUT_S", 10_000.0)
+    door, worker, following, _ = followed
+    await door.heard()
+    worker.publisher.answers = False
+    asked = worker.publisher.num_asked
+    await door.heard(lambda: worker.publisher.num_asked > asked)
+    assert following.in_step
+    await worker.stop()
+    await door.heard_down(worker)
+
+
 async def test_without_a_replay_address_a_gap_is_a_new_beginning(fleet):
     worker = Standin()
     await worker.start()

@@ -13,6 +13,7 @@ from antefix.secret import Keyring
 from antefix_router.fleet.engine_index import EngineIndex
 from antefix_router.fleet.fleet_names import FleetNames, scope_of
 from antefix_router.placement.directory import Directory
+from tests.waiting import until
 
 SIZE = 4
 TOKENS = np.arange(40, dtype=np.uint32)
@@ -42,11 +43,6 @@ async def test_our_workers_are_followed_too(tmp_path, is_encrypted):
 
     def leading(salt=""):
         return int(directory.leading(["ours"], names.prompt(TOKENS, scope_of(salt=salt), SIZE).keys)[0])
-
-    async def until(condition):
-        async with asyncio.timeout(60):
-            while not condition():  # noqa: ASYNC110 - of what has no event
-                await asyncio.sleep(0.01)
 
     def tell(salt, blocks, parent=None):
         for block in blocks:

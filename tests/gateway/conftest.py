@@ -5,6 +5,7 @@ import pytest
 
 from tests.gateway.agents_door import Door
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 
 @pytest.fixture
@@ -13,6 +14,6 @@ async def door(tmp_path):
     ledger = tmp_path / "ledger"
     async with (
         serving(make_front(script, ledger=ledger), chat_format="deepseek-v4") as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         yield Door(client, script, ledger)

@@ -11,6 +11,7 @@ from antefix.errors import Overloaded
 from antefix.telemetry.logs import set_up_logs
 from antefix_router.gateway.access import id_of
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,10 @@ def access_lines(text):
 
 @pytest.mark.parametrize("path", BODIES)
 async def test_whole_answers_say_what_the_cache_did(path):
-    async with serving(make_front(Script(hit=64), ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(Script(hit=64), ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         answer = await client.post(path, json={"model": "antefix-tiny", **BODIES[path]})
         assert answer.status_code == 200, answer.text
         assert answer.headers["antefix-hit-tokens"] == "64" and answer.headers["antefix-tier"] == "store"
@@ -62,7 +66,10 @@ async def test_a_streams_last_usage_says_it_where_the_client_wants_it(path):
     body = {"model": "antefix-tiny", "stream": True, **BODIES[path]}
     if path in ("/v1/chat/completions", "/v1/completions"):
         body["stream_options"] = {"include_usage": True}
-    async with serving(make_front(Script(hit=64), ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(Script(hit=64), ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         plain = await client.post(path, json=body)
         asked = await client.post(path, json=body, headers={"antefix-usage-details": "true"})
         assert '"hit_store_tokens":64' in asked.text and '"antefix":' not in plain.text
@@ -71,7 +78,10 @@ async def test_a_streams_last_usage_says_it_where_the_client_wants_it(path):
 
 async def test_the_setting_gives_usage_details_to_all_callers():
     front = make_front(Script(), ledger=None)
-    async with serving(front, http_usage_details=True) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(front, http_usage_details=True) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "a", "max_tokens": 5})
         assert answer.json()["usage"]["antefix"]["plan"] == "cold"
 
@@ -92,14 +102,14 @@ async def test_the_setting_gives_usage_details_to_all_callers():
 async def test_every_answer_has_an_id_errors_included(call, status):
     method, path, *body = call
     front = make_front(Script(error=Overloaded("full")), ledger=None)
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         answer = await client.request(method, path, content=body[0] if body else None)
         assert answer.status_code == status and len(answer.headers["x-request-id"]) >= 16
 
 
 async def test_a_refused_request_has_its_clients_key_as_id(tmp_path):
     front = make_front(Script(error=Overloaded("full")), ledger=tmp_path / "ledger")
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         body = {"model": "m", "prompt": "a", "max_tokens": 5}
         answer = await client.post("/v1/completions", json=body, headers={"idempotency-key": "mine"})
         assert answer.status_code == 429 and answer.headers["x-request-id"] == "mine"
@@ -117,7 +127,10 @@ def test_a_key_that_is_too_long_is_no_id():
 async def test_no_line_holds_a_prompt_or_an_answer(path, stream, logged):
     secret = "the-answer-is-7c1d"
     script = Script(say=lambda prompt: secret)
-    async with serving(make_front(script, ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(script, ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         body = {"model": "antefix-tiny", "stream": stream, CANARY: CANARY, **BODIES[path]}
         good = await client.post(path, json=body, headers={"traceparent": TRACE})
         assert secret in good.text or stream
@@ -136,7 +149,10 @@ async def test_no_line_holds_a_prompt_or_an_answer(path, stream, logged):
 
 
 async def test_an_address_is_written_encoded_and_cut(logged):
-    async with serving(make_front(Script(), ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(Script(), ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         await client.get("/v1/models/" + "%0aforged%20line" + "x" * 5000)
     (line,) = access_lines(logged())
     assert "%0Aforged%20line" in line["message"] and len(line["message"]) < 300
@@ -145,24 +161,23 @@ async def test_an_address_is_written_encoded_and_cut(logged):
 async def test_a_client_that_leaves_has_a_line_too(logged):
     script = Script(hold=asyncio.Event())
     async with serving(make_front(script, ledger=None)) as url:
-        async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
             body = {"model": "m", "prompt": "a", "max_tokens": 5}
             asked = asyncio.create_task(client.post("/v1/completions", json=body))
-            async with asyncio.timeout(60):
-                while not script.requests:  # noqa: ASYNC110 - what is waited for happens in other tasks
-                    await asyncio.sleep(0.01)
+            await until(lambda: script.requests)
             asked.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asked
-        async with asyncio.timeout(60):
-            while not access_lines(logged()):  # noqa: ASYNC110 - what is waited for happens in other tasks
-                await asyncio.sleep(0.01)
+        await until(lambda: access_lines(logged()))
     assert access_lines(logged())[0]["status"] == 499
 
 
 async def test_the_ids_of_a_request_are_on_the_lines_that_it_causes(logged):
     script = Script(error=RuntimeError("ours"))
-    async with serving(make_front(script, ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(script, ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "a", "max_tokens": 5})
     lines = [json.loads(line) for line in logged().splitlines()]
     (ours,) = [line for line in lines if line["message"].startswith("internal error")]

@@ -11,6 +11,7 @@ import pytest
 
 from tests.gateway.bodies import PIXEL
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 SHELL = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
 CALL = (
@@ -54,7 +55,7 @@ async def open_session():
         )
         context = serving(make_front(script, ledger=None), chat_format="deepseek-v4")
         url = await context.__aenter__()
-        client = httpx2.AsyncClient(base_url=url)
+        client = httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S)
         stack.extend((client.aclose, lambda: context.__aexit__(None, None, None)))
         return Session(client, script)
 

@@ -13,6 +13,7 @@ from antefix_billing.tenants import load_tenants
 from antefix_router.front import cache_tenant
 from tests.gateway import bodies
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +112,7 @@ def changed(body, path, junk):
 @pytest.mark.parametrize("address", BODIES)
 async def test_the_bodies_are_good_as_they_are(address):
     front = make_front(Script(), ledger=None)
-    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
+    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient(timeout=AT_MOST_S) as client:
         answer = await client.post(url + address, json=BODIES[address])
     assert answer.status_code == 200, answer.text
 
@@ -126,7 +127,7 @@ async def client(front):
     """One server for all examples of a test, because starting a server takes longer than a request."""
     async with (
         serving(front, chat_format="deepseek-v4") as url,
-        httpx2.AsyncClient(base_url=url, timeout=30) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         yield client
 
@@ -152,7 +153,7 @@ async def test_no_body_is_an_internal_error(front, client, address, data):
 )
 async def test_numbers_that_nothing_holds_are_refused_by_name(field):
     front = make_front(Script(), ledger=None)
-    async with serving(front) as url, httpx2.AsyncClient() as client:
+    async with serving(front) as url, httpx2.AsyncClient(timeout=AT_MOST_S) as client:
         numbers = ("1" + "0" * 400, "-1" + "0" * 400, "1e400", "NaN", "18446744073709551616")
         # A bias of any size is limited to the range from -100 to 100.
         for number in numbers[: 4 if field == "logit_bias" else 5]:
@@ -165,7 +166,7 @@ async def test_numbers_that_nothing_holds_are_refused_by_name(field):
 
 async def test_what_is_no_json_is_refused():
     front = make_front(Script(), ledger=None)
-    async with serving(front) as url, httpx2.AsyncClient() as client:
+    async with serving(front) as url, httpx2.AsyncClient(timeout=AT_MOST_S) as client:
         for content in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000):
             answer = await client.post(url + "/v1/chat/completions", content=content)
             assert answer.status_code == 400 and answer.json()["error"]["message"]
@@ -192,7 +193,7 @@ async def test_what_is_nested_deeply_is_answered_or_refused(depth):
         ("/v1/responses", f'"input":[{{"type":"local_shell_call","action":{deep}}},{user}]'),
     ]
     front = make_front(Script(), ledger=None)
-    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
+    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient(timeout=AT_MOST_S) as client:
         for address, body in bodies:
             content = f'{{"model":"antefix-tiny","max_tokens":3,{body}}}'
             answer = await client.post(url + address, content=content.encode())
@@ -204,8 +205,8 @@ async def test_what_is_nested_deeply_is_answered_or_refused(depth):
 async def test_many_keys_are_counted_and_not_each_named():
     front = make_front(Script(), ledger=None)
     body = {"model": "antefix-tiny", "prompt": "x", **{f"k{number}": 1 for number in range(200_000)}}
-    async with serving(front) as url, httpx2.AsyncClient() as client:
-        answer = await client.post(url + "/v1/completions", content=json.dumps(body).encode(), timeout=60)
+    async with serving(front) as url, httpx2.AsyncClient(timeout=AT_MOST_S) as client:
+        answer = await client.post(url + "/v1/completions", content=json.dumps(body).encode(), timeout=AT_MOST_S)
         long_name = await client.post(url + "/v1/completions", json={"model": "m" * 257, "prompt": "x"})
     named = answer.headers["antefix-ignored"].split(", ")
     assert answer.status_code == 200 and named[-1] == f"+{200_000 - len(named) + 1} more"

@@ -26,6 +26,7 @@ from tests.billing.test_bill_under_failure import check_broken
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.redis_servers import free_port
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.services
 
@@ -109,7 +110,7 @@ class World:
         while True:
             num_received = 0
             try:
-                answer = client.generate(prompt, sampling, tenant=tenant, request_id=request_id, timeout_s=60)
+                answer = client.generate(prompt, sampling, tenant=tenant, request_id=request_id, timeout_s=AT_MOST_S)
                 async for message in answer:
                     num_received += len(message.tokens)
                     if cancels and num_received:

@@ -16,6 +16,7 @@ from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import agents, anthropic, openai
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -74,12 +75,6 @@ def openai_client(url, key="none"):
 def anthropic_client(url, key="none"):
     _clients.append(anthropic.AsyncAnthropic(base_url=url, api_key=key, max_retries=0))
     return _clients[-1]
-
-
-async def until(holds):
-    async with asyncio.timeout(60):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens in files and other tasks
-            await asyncio.sleep(0.01)
 
 
 def records(ledger):
@@ -326,8 +321,8 @@ async def test_other_errors_have_the_codes_that_clients_know(serve):
         with pytest.raises(openai.NotFoundError) as unknown:
             await openai_client(url).chat.completions.create(model="gpt-x", messages=ASK)
         with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
-            await anthropic_client(url).messages.create(model=MODEL, messages=ASK, max_tokens=HUGE, timeout=9)
-        async with httpx2.AsyncClient(base_url=url) as plain:
+            await anthropic_client(url).messages.create(model=MODEL, messages=ASK, max_tokens=HUGE, timeout=AT_MOST_S)
+        async with httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as plain:
             unlimited = await plain.post("/v1/messages", json={"model": MODEL, "messages": ASK})
             coded = await plain.post("/v1/completions", content=b"{}", headers={"content-encoding": "gzip"})
     assert unknown.value.code == "model_not_found"
@@ -465,7 +460,7 @@ async def test_a_slow_client_does_not_stop_others(serve):
         await loop.sock_sendall(slow, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await until(lambda: script.generations and script.generations[0].num_emitted)
         client = openai_client(url)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(AT_MOST_S):
             for _ in range(5):
                 answer = await client.chat.completions.create(model=MODEL, messages=ASK)
                 assert answer.usage.completion_tokens == 20

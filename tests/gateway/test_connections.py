@@ -15,6 +15,7 @@ from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -123,13 +124,13 @@ async def opened(url, num, sent=b""):
 
 
 async def asked(url):
-    async with httpx2.AsyncClient(base_url=url) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         return (await client.post("/v1/chat/completions", json=BODY)).status_code
 
 
 @contextlib.asynccontextmanager
 async def door(**settings):
-    async with serving(make_front(Script(), ledger=None), **settings) as url, asyncio.timeout(60):
+    async with serving(make_front(Script(), ledger=None), **settings) as url, asyncio.timeout(AT_MOST_S):
         yield url
 
 
@@ -212,10 +213,8 @@ async def test_a_client_that_reads_nothing_is_let_go_and_its_request_with_it(mon
         before = asyncio.all_tasks()
         # The answers are about 20 MB, and the kernel buffers a few MB of them for the reader.
         sock = await unread(url, 400)
-        while not made[0].num_unread:  # noqa: ASYNC110 - of another task
-            await asyncio.sleep(0.05)
-        while asyncio.all_tasks() - before or len(made[0]):  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.05)
+        await until(lambda: made[0].num_unread)
+        await until(lambda: not (asyncio.all_tasks() - before or len(made[0])))
         sock.close()
         assert await asked(url) == 200
 

@@ -22,18 +22,13 @@ from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front
 from tests.gateway.test_retries import BODIES, MODEL
+from tests.waiting import AT_MOST_S, until
 
 httpx2 = pytest.importorskip("httpx2")
 
 
 def records(directory):
     return [item.record for item in read_settled(directory / "ledger")]
-
-
-async def until(holds):
-    async with asyncio.timeout(60):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens in other tasks
-            await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager
@@ -43,7 +38,7 @@ async def asking(tmp_path, path, *, stream, key="", **script):
     front = make_front(running, ledger=tmp_path / "ledger", retries=RetryConfig())
     http = await start_http(front, GatewayConfig(http_address="127.0.0.1:0"))
     body = {"model": MODEL, "stream": stream, **BODIES[path]}
-    async with httpx2.AsyncClient(base_url=f"http://{http.address}", timeout=30) as client:
+    async with httpx2.AsyncClient(base_url=f"http://{http.address}", timeout=AT_MOST_S) as client:
         headers = {"idempotency-key": key} if key else {}
         asked = asyncio.create_task(client.post(path, json=body, headers=headers))
         await until(lambda: running.requests and (running.hold or running.generations[0].samples[0].emitted))
@@ -112,7 +107,7 @@ async def test_a_grpc_stream_that_outlives_the_grace_period_ends_with_a_status(t
         lambda target: router_pb2_grpc.add_RouterServiceServicer_to_server(Servicer(), target),
         [router_pb2.DESCRIPTOR],
     )
-    answers = RouterClient(server.address).generate("abc", Sampling(max_tokens=50), timeout_s=60)
+    answers = RouterClient(server.address).generate("abc", Sampling(max_tokens=50), timeout_s=AT_MOST_S)
     await anext(answers)
     front.accounts.ending.end()
     with pytest.raises(Draining, match="grace period"):

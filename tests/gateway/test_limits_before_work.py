@@ -19,6 +19,7 @@ from antefix_router.encoding import Encoding
 from antefix_router.gateway import bodies
 from antefix_router.gateway.bodies import Room, parse_body, structure_of
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S, until
 
 HEAD = "POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n{more}\r\n"
 CHAT = "/v1/chat/completions"
@@ -48,7 +49,7 @@ def tenants(**limits):
 
 
 async def status_of(pair):
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         return int((await pair[0].readline()).split()[1])
 
 
@@ -56,7 +57,10 @@ async def status_of(pair):
 async def test_slow_bodies_of_one_tenant_leave_room_for_the_others(path):
     book = tenants(greedy=TenantLimits(requests=4), modest=TenantLimits(requests=4))
     front = make_front(Script(), ledger=None, tenants=book)
-    async with serving(front, http_requests_max=20) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
+    async with (
+        serving(front, http_requests_max=20) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         pairs = await slow(url, 40, path=path, key="greedy-key")
         refused = await asyncio.gather(*(status_of(pair) for pair in pairs[8:]))
         assert set(refused) == {429}, "as many are read as may run, twice over"
@@ -69,7 +73,10 @@ async def test_slow_bodies_of_one_tenant_leave_room_for_the_others(path):
 async def test_a_tenant_without_limits_leaves_room_too():
     book = tenants(greedy=TenantLimits(), modest=TenantLimits())
     front = make_front(Script(), ledger=None, tenants=book)
-    async with serving(front, http_requests_max=8) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
+    async with (
+        serving(front, http_requests_max=8) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         pairs = await slow(url, 12, key="greedy-key")
         assert set(await asyncio.gather(*(status_of(pair) for pair in pairs[6:]))) == {429}
         assert (await client.post(CHAT, json=chat(), headers=headers("modest-key"))).status_code == 200
@@ -99,7 +106,7 @@ async def test_a_prompt_that_must_be_too_long_is_not_encoded():
     encoded = []
     front.tokenizer.encode_plain = lambda text: encoded.append(text) or []
     front.tokenizer.encode = lambda text: []
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         answer = await client.post(CHAT, json=chat("x" * (num_max + 1)))
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
         assert not encoded
@@ -112,7 +119,7 @@ async def test_a_prompt_that_must_be_over_the_quota_is_not_encoded():
     front = make_front(Script(), ledger=None, tenants=book)
     encoded = []
     front.tokenizer.encode_plain = lambda text: encoded.append(text) or []
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         answer = await client.post(CHAT, json=chat("x" * 2001), headers=headers("acme-key"))
         assert answer.status_code == 429 and not encoded
 
@@ -121,7 +128,7 @@ async def test_a_paid_answer_is_given_again_without_quota(tmp_path):
     """No quota is left for the second request, and it needs none."""
     book = tenants(acme=TenantLimits(limits=(Limit(window=LimitWindow.DAY, tokens=60),), requests=1))
     front = make_front(Script(), ledger=tmp_path / "ledger", tenants=book)
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         named = {**headers("acme-key"), "idempotency-key": "one"}
         first = await client.post(CHAT, json=chat("x" * 10), headers=named)
         while True:
@@ -206,7 +213,7 @@ async def test_a_large_body_is_parsed_beside_the_loop(monkeypatch):
     parse, may_end = bodies._parse, threading.Event()
 
     def slow_parse(body):
-        assert may_end.wait(60), "the loop stands still meanwhile"
+        assert may_end.wait(AT_MOST_S), "the loop stands still meanwhile"
         return parse(body)
 
     monkeypatch.setattr(bodies, "_parse", slow_parse)
@@ -224,7 +231,7 @@ async def test_long_texts_take_turns_by_tenant():
     loop = asyncio.get_running_loop()
 
     def work(name):
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(120)
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(AT_MOST_S)
         order.append(name)
 
     async def ask(tenant):
@@ -243,9 +250,7 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error(caplog):
             for path in (CHAT, "/v1/messages/count_tokens"):
                 for _, writer in await slow(url, 3, path=path):
                     writer.close()
-            async with asyncio.timeout(60):
-                while caplog.text.count("left before") < 3:  # noqa: ASYNC110 - what is waited for is in other tasks
-                    await asyncio.sleep(0.01)
+            await until(lambda: caplog.text.count("left before") >= 3)
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert "Traceback" not in caplog.text
 

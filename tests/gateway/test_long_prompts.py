@@ -10,6 +10,7 @@ import pytest
 
 from antefix_router.encoding import CHARACTERS_MIN, Encoding
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 MODEL = "antefix-tiny"
 LONG = "long " * CHARACTERS_MIN
@@ -29,7 +30,7 @@ class HeldTokenizer:
     def _held(self, text):
         if len(text) >= CHARACTERS_MIN:
             self.begun.set()
-            if not self.go.wait(120):
+            if not self.go.wait(AT_MOST_S):
                 raise TimeoutError("nothing else continued while a long prompt was encoded")
 
     def encode(self, text):
@@ -47,7 +48,7 @@ async def held(tmp_path):
     script = Script()
     front = make_front(script, ledger=tmp_path / "ledger")
     front.tokenizer = HeldTokenizer(front.tokenizer)
-    async with serving(front) as url, httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with serving(front) as url, httpx.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         yield script, front.tokenizer, client
         front.tokenizer.go.set()
 
@@ -70,7 +71,7 @@ async def test_others_are_answered_while_a_long_prompt_is_encoded(held, address)
     script, tokenizer, client = held
     body = ADDRESSES[address]
     long = asyncio.create_task(client.post(address, json=body(LONG)))
-    assert await asyncio.to_thread(tokenizer.begun.wait, 120)
+    assert await asyncio.to_thread(tokenizer.begun.wait, AT_MOST_S)
     answer = await client.post(address, json=body("short"))
     assert answer.status_code == 200 and not long.done()
     tokenizer.go.set()
@@ -103,7 +104,7 @@ async def test_what_is_cancelled_before_a_thread_takes_it_never_runs():
 
     def work(name):
         ran.append(name)
-        go.wait(120)
+        go.wait(AT_MOST_S)
         return name
 
     running = [asyncio.create_task(encoding.run(CHARACTERS_MIN, lambda n=n: work(n))) for n in range(4)]

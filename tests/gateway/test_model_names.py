@@ -8,6 +8,7 @@ import pytest
 from antefix.errors import ConfigError
 from antefix_router.gateway.model_names import load_aliases
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "model_aliases.toml"
 ASK = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
@@ -21,7 +22,7 @@ async def ask(client, name, **fields):
 async def client(request, tmp_path):
     settings = {"chat_format": "deepseek-v4", "model_names": ("ours",), **getattr(request, "param", {})}
     front = make_front(Script(), ledger=tmp_path / "ledger")
-    async with serving(front, **settings) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front, **settings) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         yield client
 
 

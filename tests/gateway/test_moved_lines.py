@@ -21,6 +21,7 @@ from antefix_router.chat.render import render_tokens
 from antefix_router.chat.template import TemplateFormat
 from tests.gateway.bodies import SCHEMA
 from tests.gateway.scripted import MODEL, Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 ROOT = Path(__file__).parents[2]
 TOOL = {"name": "read", "description": "Reads.", "parameters": SCHEMA}
@@ -113,7 +114,7 @@ async def test_turns_go_on_from_the_former_answer_whatever_the_line_says(chat_fo
     messages, headers = [], []
     async with (
         serving(make_front(script, ledger=None), chat_format=chat_format) as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         for number in range(4):
             messages.append({"role": "user", "content": f"Question {number}."})
@@ -153,7 +154,7 @@ async def test_all_apis_move_and_say_so_and_off_leaves_it():
         script = Script()
         async with (
             serving(make_front(script, ledger=None), prefix_rules=setting) as url,
-            httpx2.AsyncClient(base_url=url) as client,
+            httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
         ):
             for api, body in bodies.items():
                 answer = await client.post(api, json={"model": "m", **body})
@@ -169,7 +170,7 @@ async def test_a_retry_with_its_id_is_the_same_request():
     headers = {"idempotency-key": "once"}
     async with (
         serving(make_front(script, ledger=None)) as url,
-        httpx2.AsyncClient(base_url=url, headers=headers) as client,
+        httpx2.AsyncClient(base_url=url, headers=headers, timeout=AT_MOST_S) as client,
     ):
         answers = [await client.post("/v1/messages", json=body) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200] and len(script.prompts) == 1

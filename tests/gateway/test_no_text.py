@@ -17,6 +17,7 @@ from antefix_router.gateway.text_check import path_of_no_text
 from tests.gateway.bodies import BODIES, json_path
 from tests.gateway.scripted import Script, make_front, serving
 from tests.slow_cases import slow_but
+from tests.waiting import AT_MOST_S
 
 WRONG = "a\ud83db"
 
@@ -53,7 +54,7 @@ ENCODINGS = {
 async def test_every_string_of_every_api_is_named(encode):
     async with (
         serving(make_front(Script(), ledger=None), chat_format="deepseek-v4") as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         for api, body in BODIES.items():
             body = {**body, "user": "ann", "prompt_cache_key": "s", "stop": ["x"]}
@@ -85,7 +86,7 @@ async def test_text_inside_text_is_no_reason_to_fail():
     script = Script()
     async with (
         serving(make_front(script, ledger=None), chat_format="deepseek-v4") as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         answer = await client.post("/v1/chat/completions", json={"model": "m", "messages": messages})
         assert answer.status_code == 200, answer.text

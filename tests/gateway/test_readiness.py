@@ -15,6 +15,7 @@ from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.readiness import tell_readiness, why_unready
 from tests.gateway.scripted import Script, make_front
+from tests.waiting import AT_MOST_S, until
 
 
 class Pulse:
@@ -90,7 +91,7 @@ async def test_http_says_both_and_healthz_means_ready():
     front, why = make_front(Script(), ledger=None), ["no decode worker answers"]
     http = await start_http(front, GatewayConfig(http_address="127.0.0.1:0"), why_unready=lambda: why[0])
     try:
-        async with httpx2.AsyncClient(base_url=f"http://{http.address}") as client:
+        async with httpx2.AsyncClient(base_url=f"http://{http.address}", timeout=AT_MOST_S) as client:
             for reason, status in (("no decode worker answers", 503), ("", 200)):
                 why[0] = reason
                 assert (await client.get("/livez")).status_code == 200
@@ -108,13 +109,16 @@ async def test_grpc_health_says_so_by_service_and_the_server_lives(monkeypatch):
     telling = asyncio.create_task(tell_readiness(server, ["antefix.v1.RouterService"], lambda: why[0]))
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     try:
-        async with rpc.channel(server.address) as channel, asyncio.timeout(60):
+        async with rpc.channel(server.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             for reason, wanted in (("not yet", not_serving), ("", serving), ("again", not_serving)):
                 why[0] = reason
-                request = health_pb2.HealthCheckRequest(service="antefix.v1.RouterService")
-                while (await health.Check(request)).status != wanted:  # noqa: ASYNC110 - told by another task
-                    await asyncio.sleep(0.01)
+
+                async def says(wanted=wanted):
+                    request = health_pb2.HealthCheckRequest(service="antefix.v1.RouterService")
+                    return (await health.Check(request)).status == wanted
+
+                await until(says, f"readiness is told: {reason!r}")
                 assert (await health.Check(health_pb2.HealthCheckRequest())).status == serving
     finally:
         telling.cancel()

@@ -9,6 +9,7 @@ import pytest
 from antefix.errors import Overloaded
 from antefix_router.gateway import bodies
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 # The limit on calls of Python functions per refused request, in the server and this file's client. About 620 are
 # measured, most of them in h11 and the server's framework. Parsing, encoding or admitting a request adds hundreds.
@@ -60,7 +61,7 @@ class Client:
         body = json.dumps({"model": "antefix-tiny", "prompt": text, "max_tokens": 2}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(AT_MOST_S):
             answer = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
             headers = dict(line.split(": ", 1) for line in answer.split("\r\n")[1:] if line)
             await self._reader.readexactly(int(headers["content-length"]))

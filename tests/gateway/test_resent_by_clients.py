@@ -11,6 +11,7 @@ from antefix_router.chat.answer_memory import AnswerMemory, prefix_state
 from antefix_router.chat.messages import ChatRole, Message
 from antefix_router.gateway.written_media import without_media
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 MODEL = "antefix-tiny"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {}, "more": {}}}
@@ -61,7 +62,7 @@ async def talk():
     )
     async with (
         serving(make_front(script, ledger=None), chat_format="deepseek-v4") as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         yield Talk(client, script)
 
@@ -171,10 +172,10 @@ def test_other_text_stays_as_it_is(text):
 
 
 def test_looking_for_pictures_is_linear():
-    start = time.perf_counter()
+    start = time.process_time()
     for piece in ("\\", '"', '"/9j/', '"data:image/png;', "\\/", '"/9j/' + "\\"):
         without_media("[" + piece * (1_000_000 // len(piece)))
-    assert time.perf_counter() - start < 60.0
+    assert time.process_time() - start < 60.0
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}

@@ -22,6 +22,7 @@ from antefix_router.answers import KeptAnswer, KeptOutput, RetryConfig, Shelf
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import openai
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -46,19 +47,13 @@ def short_waits(monkeypatch):
 @contextlib.asynccontextmanager
 async def door(script, ledger, **settings):
     front = make_front(script, ledger=ledger, cards=CARDS, retries=RetryConfig(**settings))
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=30) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         yield client, front
 
 
 def ask(client, path, *, stream=False, key="k", **changes):
     body = {"model": MODEL, "stream": stream, "temperature": 0, **BODIES[path], **changes}
     return client.post(path, json=body, headers={"idempotency-key": key})
-
-
-async def until(holds):
-    async with asyncio.timeout(60):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens in other tasks
-            await asyncio.sleep(0.01)
 
 
 def records(ledger):
@@ -228,27 +223,59 @@ async def test_a_failure_reaches_all_clients_of_an_answer_and_is_tried_again(tmp
     assert [(record.status, record.attempt) for record in records(ledger)] == [(Status.FAILED, 1), (Status.STOP, 2)]
 
 
+async def admitted(front):
+    caller, sampling = Caller(request_id="k"), Sampling(max_tokens=2000)
+    request = GenerationRequest(tokens=as_tokens([1, 2]), sampling=sampling, caller=caller)
+    return await front.admit(request, retryable=True)
+
+
 async def test_a_slow_reader_holds_up_no_other_reader_and_no_more_than_its_share(tmp_path):
     """An answer without a client continues to its end. An answer with a client is never far ahead of the client."""
     script = Script(say=lambda prompt: "x" * 2000)
     front = make_front(script, ledger=tmp_path / "ledger")
-
-    async def admitted():
-        caller, sampling = Caller(request_id="k"), Sampling(max_tokens=2000)
-        request = GenerationRequest(tokens=as_tokens([1, 2]), sampling=sampling, caller=caller)
-        return await front.admit(request, retryable=True)
-
-    bill = await admitted()
+    bill = await admitted(front)
     slow = front.run(bill, 120.0)
     await anext(slow)
     await asyncio.sleep(0.2)
     assert len(script.generations[0].samples[0].emitted) <= 300
-    quick = [token async for piece in front.run(await admitted(), 120.0) for token in piece.tokens]
+    quick = [token async for piece in front.run(await admitted(front), 120.0) for token in piece.tokens]
     assert len(quick) == 2000
     await slow.aclose()
     await front.accounts.close()
     (record,) = records(tmp_path / "ledger")
     assert (record.status, record.output_tokens) == (Status.STOP, 2000)
+
+
+async def test_a_router_that_stops_still_answers_a_client_that_it_has_admitted(tmp_path):
+    front = make_front(Script(say=lambda prompt: "x" * 2000), ledger=tmp_path / "ledger")
+    bill = await admitted(front)
+    front.accounts.retries.drain()
+    assert sum([len(piece.tokens) async for piece in front.run(bill, 300.0)]) == 2000
+    await front.accounts.close()
+    (record,) = records(tmp_path / "ledger")
+    assert (record.status, record.output_tokens) == (Status.STOP, 2000)
+
+
+async def test_a_router_that_stops_still_answers_a_retry_whose_first_client_leaves(tmp_path):
+    front = make_front(Script(say=lambda prompt: "x" * 2000), ledger=tmp_path / "ledger")
+    first = front.run(await admitted(front), 300.0)
+    await anext(first)
+    retry = await admitted(front)
+    front.accounts.retries.drain()
+    await first.aclose()
+    assert sum([len(piece.tokens) async for piece in front.run(retry, 300.0)]) == 2000
+    await front.accounts.close()
+    (record,) = records(tmp_path / "ledger")
+    assert (record.status, record.output_tokens) == (Status.STOP, 2000)
+
+
+async def test_an_admitted_client_that_never_reads_ends_with_its_router(tmp_path):
+    front = make_front(Script(), ledger=tmp_path / "ledger")
+    await admitted(front)
+    front.accounts.retries.drain()
+    await front.accounts.close()
+    (record,) = records(tmp_path / "ledger")
+    assert (record.status, record.output_tokens) == (Status.CANCELLED, 0)
 
 
 def kept(num_tokens):

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +33,8 @@ async def test_a_slow_body_is_a_408_in_the_apis_shape_and_frees_its_slot(tmp_pat
     front = make_front(Script(), ledger=tmp_path / "ledger")
     async with (
         serving(front, http_requests_max=1, http_body_timeout_s=0.3) as url,
-        httpx.AsyncClient(base_url=url) as client,
-        asyncio.timeout(120),
+        httpx.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+        asyncio.timeout(AT_MOST_S),
     ):
         reader, writer = await _begin(url, address)
         answer = (await reader.read()).decode()  # to the end: the connection is closed as well

@@ -8,6 +8,7 @@ from antefix.secret import Keyring
 from antefix_router.gateway.signatures import Signatures
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import agents, anthropic, openai
+from tests.waiting import AT_MOST_S
 
 httpx2 = pytest.importorskip("httpx2")
 
@@ -185,7 +186,7 @@ async def test_a_call_that_max_tokens_cuts_shows_no_markup_and_is_no_call(url, s
         "/v1/responses": [{"type": "function", "name": "write", "parameters": WRITE}],
         "/v1/messages": [{"name": "write", "input_schema": WRITE}],
     }
-    async with httpx2.AsyncClient(base_url=url) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         for address, named in tools.items():
             body = {"model": MODEL, "tools": named, "stream": stream, "max_tokens": num_tokens, "messages": ASK}
             if address == "/v1/responses":

@@ -7,6 +7,7 @@ import pytest
 
 from tests.gateway.agents_door import CHAT_URL, MESSAGES_URL, MODEL, RESPONSES_URL, asked, chat, user
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 OFF, HIGH, MAX = "off", "high", "max"
 MODES = [
@@ -64,7 +65,10 @@ async def test_anthropics_effort_is_a_mode(door, effort):
 
 async def test_a_model_that_cannot_think_answers_without():
     script = Script()
-    async with serving(make_front(script, ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(script, ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         answer = await client.post(CHAT_URL, json=chat(user("hi"), reasoning_effort="high"))
     assert answer.status_code == 200 and answer.headers["antefix-mode"] == OFF
     assert answer.headers["antefix-ignored"] == "reasoning_effort"

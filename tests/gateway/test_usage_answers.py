@@ -14,6 +14,7 @@ from antefix_billing.receipt import Signer
 from antefix_billing.tenants import TenantBook
 from antefix_router.gateway.limit_headers import duration
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 ASK = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hello"}]}
 URLS = {
@@ -36,7 +37,7 @@ async def door(tmp_path):
         signer=Signer.create(tmp_path / "receipts.key"),
         tenants=TenantBook(limits={"acme": TenantLimits(limits=limits)}),
     )
-    async with serving(front) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         client.script = script
         yield client
 

@@ -7,6 +7,7 @@ import pytest
 
 from antefix_router.gateway.user_names import split_user
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 HASH, ACCOUNT = "0123456789abcdef" * 4, "11111111-2222-4333-8444-555555555555"
 ONE, TWO = "5f2b6e1c-0000-4000-8000-000000000000", "5f2b6e1c-0000-4000-8000-000000000001"
@@ -82,7 +83,10 @@ def body_of(api, user):
 @pytest.mark.parametrize("api", ["/v1/messages", "/v1/chat/completions", "/v1/responses", "/v1/completions"])
 async def test_every_api_isolates_by_the_account_and_places_by_the_session(api):
     script = Script()
-    async with serving(make_front(script, ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(script, ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         for session in (ONE, TWO):
             answer = await client.post(api, json=body_of(api, claude(session)))
             assert answer.status_code == 200, answer.text

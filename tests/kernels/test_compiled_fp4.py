@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.waiting import AT_MOST_S
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
@@ -24,7 +26,7 @@ def test_a_word_of_codes_is_four_bytes_of_one_row(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=AT_MOST_S,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

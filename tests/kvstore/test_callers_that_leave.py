@@ -6,6 +6,7 @@ import pytest
 
 from antefix_kvstore.group_commit import GroupCommitter
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.waiting import AT_MOST_S
 
 
 @pytest.mark.parametrize("when", ["waiting", "committing"])
@@ -17,19 +18,19 @@ def test_a_put_whose_caller_left_is_stored_and_others_are_served(open_engine, wh
 
     def slow_put_group(puts):
         begun.set()
-        assert go_on.wait(120)
+        assert go_on.wait(AT_MOST_S)
         return put_group(puts)
 
     monkeypatch.setattr(engine, "put_group", slow_put_group)
     writer = GroupCommitter(engine)
     try:
         first = writer.submit(prompts[0].blocks())
-        assert begun.wait(120)
+        assert begun.wait(AT_MOST_S)
         second = writer.submit(prompts[1].blocks())
         left = second if when == "waiting" else first
         assert left.cancel() is (when == "waiting")
         go_on.set()
-        assert writer.submit(prompts[2].blocks()).result(120).num_stored == 3
+        assert writer.submit(prompts[2].blocks()).result(AT_MOST_S).num_stored == 3
         assert [engine.lookup(p.hashes, fingerprint=FINGERPRINT).num_blocks for p in prompts] == [3, 3, 3]
     finally:
         go_on.set()

@@ -22,6 +22,7 @@ from antefix_kvstore.identity import CLEAN_FILE
 from antefix_kvstore.reading_here import ReadingHere
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
+from tests.waiting import AT_MOST_S
 
 PROMPT = Prompt(list(range(BLOCK * 6)))
 
@@ -122,20 +123,20 @@ def test_reads_run_in_the_thread_that_asks_and_closing_waits_for_them(
     def slow(*args: Any, **kwargs: Any) -> Any:
         threads.append(threading.current_thread())
         begun.set()
-        may_go.wait(120)
+        may_go.wait(AT_MOST_S)
         return lookup(*args, **kwargs)
 
     monkeypatch.setattr(embedded, "lookup_here", slow)
     reading = threading.Thread(target=store.lookup, args=(PROMPT.hashes,), kwargs={"fingerprint": FINGERPRINT})
     closing = threading.Thread(target=store.close)
     reading.start()
-    assert begun.wait(120)
+    assert begun.wait(AT_MOST_S)
     closing.start()
     closing.join(0.05)
     assert closing.is_alive() and embedded.engine.is_open
     may_go.set()
     for thread in (reading, closing):
-        thread.join(120)
+        thread.join(AT_MOST_S)
     assert threads == [reading] and not embedded.engine.is_open
 
 

@@ -14,6 +14,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
 from tests.small_disk import fill, free_bytes, small_disk
+from tests.waiting import AT_MOST_S
 
 MIB = 1 << 20
 PAYLOAD = 20_011
@@ -112,10 +113,10 @@ def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
     config = fit_to_disk(KvStoreConfig(dir=str(disk / "store"), usage_log_dir=str(disk / "log"), budget_bytes=64 << 30))
     engine = StorageEngine(config)
     writer = GroupCommitter(engine)
-    assert writer.submit(prompt(1).blocks()).result(120).num_stored == 3
+    assert writer.submit(prompt(1).blocks()).result(AT_MOST_S).num_stored == 3
     fill(disk / "ballast", but=but)
     for number in range(2, 30):
-        writer.submit(prompt(number).blocks()).result(120)
+        writer.submit(prompt(number).blocks()).result(AT_MOST_S)
         assert prompt(1).check(engine) == 3
         engine.maintain()
     writer.stop()

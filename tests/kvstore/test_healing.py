@@ -1,6 +1,5 @@
 """Whatever happens to an open store's files, its owner continues with the segments' records or an empty store."""
 
-import asyncio
 import os
 import shutil
 
@@ -15,6 +14,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import FINGERPRINT, Prompt
+from tests.waiting import AT_MOST_S, until
 
 PROMPT = Prompt(range(8 * 20))
 MORE = Prompt(range(1000, 1000 + 8 * 5))
@@ -219,13 +219,10 @@ async def test_the_services_writer_heals_without_being_asked(engine, config):
     servicer = KvStoreServicer(engine)
     try:
         delete_all(config)
-        async with asyncio.timeout(120):
-            while True:
-                try:
-                    assert servicer.writer.submit(PROMPT.blocks()).result(120).num_stored == len(PROMPT.hashes)
-                    break
-                except Unavailable:
-                    await asyncio.sleep(0.05)
+        stored = await until(
+            lambda: servicer.writer.submit(PROMPT.blocks()).result(AT_MOST_S), "the store heals", despite=Unavailable
+        )
+        assert stored.num_stored == len(PROMPT.hashes)
         assert num_found(engine) == len(PROMPT.hashes)
         assert engine.read(RecordKind.BLOCK, PROMPT.hashes[0], fingerprint=FINGERPRINT)
     finally:

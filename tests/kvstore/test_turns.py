@@ -10,6 +10,7 @@ import pytest
 
 from antefix_kvstore import turns as turns_module
 from antefix_kvstore.turns import Turns
+from tests.waiting import AT_MOST_S
 
 
 class Passes:
@@ -69,7 +70,7 @@ async def test_streams_go_on_after_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(turns_module, "PAUSE_S", 3600.0)
     turns, passes = Turns(), Passes()
     turns.give_way()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await asyncio.gather(*(passes.stream(turns, name, 3) for name in "ab"))
     passes.stop()
     assert len(passes.taken) == 6
@@ -85,7 +86,7 @@ async def test_streams_that_end_while_they_wait_hold_up_nobody(num_passes: int) 
         await asyncio.sleep(0)
     for stream in waiting[:3]:
         stream.cancel()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await waiting[3]
         await turns.take()
     assert all(stream.done() for stream in waiting)

@@ -16,6 +16,7 @@ from antefix.model.follower import Follower
 from antefix.model.lead import Lead
 from antefix.model.rank_messages import Message
 from antefix.model.ranks import Ranks
+from tests.waiting import AT_MOST_S
 
 
 @contextlib.contextmanager
@@ -25,12 +26,12 @@ def over_ranks(size: int, load: Callable[[Ranks], Model]) -> Iterator[tuple[Mode
     inboxes: list[queue.Queue[list[Message] | None]] = [queue.Queue() for _ in range(size - 1)]
     followers: list[Follower] = []
     errors: list[BaseException] = []
-    ready = threading.Barrier(size, timeout=60)
+    ready = threading.Barrier(size, timeout=AT_MOST_S)
 
     def connect(rank: int) -> Ranks:
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
-        options._timeout = datetime.timedelta(seconds=60)
+        options._timeout = datetime.timedelta(seconds=AT_MOST_S)
         return Ranks(rank=rank, size=size, group=dist.ProcessGroupGloo(store, rank, size, options))
 
     def follow(rank: int) -> None:
@@ -65,5 +66,5 @@ def over_ranks(size: int, load: Callable[[Ranks], Model]) -> Iterator[tuple[Mode
         for inbox in inboxes:
             inbox.put(None)
         for thread in threads:
-            thread.join(60)
+            thread.join(AT_MOST_S)
     assert not errors, errors

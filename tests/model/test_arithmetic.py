@@ -20,6 +20,7 @@ from antefix.model.arithmetic import COLUMNS_MAX, steps_of
 from antefix.model.probe_steps import numbers
 from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
+from tests.waiting import AT_MOST_S
 
 ROOT = Path(__file__).parents[2]
 # Each set-up has its own process, because MKL and PyTorch read the environment only before the first product.
@@ -51,7 +52,7 @@ def measured() -> dict[tuple[str, int], list[list[str]]]:
         running[name] = subprocess.Popen(command, env=plain | variables, cwd=ROOT, stdout=subprocess.PIPE)
     found = {}
     for name, process in running.items():
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=AT_MOST_S)
         assert process.returncode == 0
         for threads, line in zip(SETUPS[name][1], output.splitlines(), strict=True):
             found[name, threads] = json.loads(line)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.waiting import AT_MOST_S
+
 
 @dataclass
 class Manners:
@@ -56,7 +58,7 @@ def _handler(manners: Manners) -> type[socketserver.StreamRequestHandler]:
             self.wfile.flush()
             if harm == "hang":
                 manners.hanging.set()
-                manners.released.wait(60)
+                manners.released.wait(2 * AT_MOST_S)
             return whole and harm not in ("close", "close silently")
 
     return Handler

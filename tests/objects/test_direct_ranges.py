@@ -22,6 +22,7 @@ from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.kvstore.test_compression import PLAN
 from tests.objects.range_server import Manners, range_server
 from tests.objects.small_tier import OWNER, num_restored, upload, url_of
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.asyncio
 # Records of 40 KB, so that a range is longer than what is read ahead with an answer's head.
@@ -179,9 +180,9 @@ async def test_a_cancelled_read_ends_at_once_and_writes_nothing_more(tmp_path, m
     manners.harm = "hang"
     into = PROMPT.buffers()
     reading = asyncio.create_task(tier.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT, tenant=OWNER))
-    await asyncio.to_thread(manners.hanging.wait, 60)
+    await asyncio.to_thread(manners.hanging.wait, AT_MOST_S)
     reading.cancel()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(AT_MOST_S):
         with pytest.raises(asyncio.CancelledError):
             await reading
     before = [bytes(each) for each in into]

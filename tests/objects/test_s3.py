@@ -16,6 +16,7 @@ from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.objects.any_bucket import keeps_what_any_bucket_must
 from tests.objects.faulty_proxy import HARMS, Harm, faulty_proxy
 from tests.objects.small_tier import OWNER, num_restored, tier_of, upload
+from tests.waiting import AT_MOST_S
 
 pytestmark = [pytest.mark.s3, pytest.mark.services]
 PROMPT = Prompt(list(range(BLOCK * 60)), payload_bytes=60_000)
@@ -41,7 +42,7 @@ async def read_under_harm(tier: ObjectTier, num_reads: int) -> tuple[int, int]:
     whole = failed = 0
     for number in range(num_reads):
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(AT_MOST_S):
                 whole += await num_restored(tier, PROMPT) == NUM_BLOCKS
         except AntefixError:
             failed += 1
@@ -72,7 +73,7 @@ async def test_under_all_harms_at_once_uploads_and_reads_end_right(server: str, 
     memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with faulty_proxy(server, harm) as proxy:
         at(proxy)
-        async with asyncio.timeout(240):
+        async with asyncio.timeout(AT_MOST_S):
             for _ in range(10):
                 try:
                     await upload(url, PROMPT.blocks(), segment_bytes=1 << 20)
@@ -93,7 +94,7 @@ async def test_a_server_that_is_gone_is_a_miss_and_back_is_found(server: str, ur
     await upload(url, PROMPT.blocks(), segment_bytes=1 << 20)
     at("http://127.0.0.1:9")
     gone = tier_of(url)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         with pytest.raises(AntefixError):
             await gone.held(PROMPT.hashes, fingerprint=FINGERPRINT)
     await gone.close()

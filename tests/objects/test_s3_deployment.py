@@ -25,6 +25,7 @@ from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.objects.s3_server import BUCKET, environment, s3_server
 from tests.small_worker_model import small_worker_model
+from tests.waiting import AT_MOST_S
 
 pytestmark = [pytest.mark.s3, pytest.mark.services]
 DOCUMENT = np.frombuffer((Path(__file__).parents[2] / "LICENSE").read_bytes()[:2500], np.uint8).astype(np.uint32)
@@ -34,7 +35,7 @@ POOL = ("--pool-bytes", "64M")
 
 async def ask(deployment: Deployment, prompt: np.ndarray) -> list[int]:
     """The output of a request, which is repeated until the router has found the restarted workers."""
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(AT_MOST_S):
         while True:
             try:
                 sampling, output = Sampling(max_tokens=8), []
@@ -47,7 +48,7 @@ async def ask(deployment: Deployment, prompt: np.ndarray) -> list[int]:
 
 async def until_uploaded(url: str, num_blocks: int) -> None:
     catalog = Catalog(open_bucket(url))
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(AT_MOST_S):
         while catalog.num_records < num_blocks:
             await asyncio.sleep(0.2)
             await catalog.refresh()

@@ -9,6 +9,7 @@ import pytest
 
 from antefix.objects import cloud_bucket
 from antefix.objects.cloud_bucket import CloudBucket, signs_objects
+from tests.waiting import AT_MOST_S
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,6 @@ async def test_the_library_sends_the_digest(signs, at, monkeypatch):
     monkeypatch.setattr(cloud_bucket, "signs_objects", lambda _: signs)
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     at(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    async with server, asyncio.timeout(120):
+    async with server, asyncio.timeout(AT_MOST_S):
         await CloudBucket("s3://bucket/prefix").put("name", [b"text"])
     assert digests == [hashlib.sha256(b"text").hexdigest() if signs else "unsigned-payload"]

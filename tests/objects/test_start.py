@@ -18,7 +18,7 @@ from antefix.store.tier import Tier
 from antefix.tier_kind import TierKind
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.objects.small_tier import upload, url_of
-from tests.redis_servers import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio
 PROMPT = Prompt(list(range(BLOCK * 10)))

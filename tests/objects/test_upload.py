@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt, owner
 from tests.objects.small_tier import OWNER, num_restored, tier_of, url_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio
 PROMPT = Prompt(list(range(BLOCK * 40)))
@@ -86,9 +86,7 @@ async def test_a_service_uploads_and_stops_by_itself(tmp_path: Path) -> None:
         uploader = ObjectUploader(engine, step_s=0.01)
         uploader.start()
         engine.put(PROMPT.blocks())
-        async with asyncio.timeout(60):
-            while uploader.counters.num_uploaded < 40:  # noqa: ASYNC110  (it counts in another thread)
-                await asyncio.sleep(0.01)
+        await until(lambda: uploader.counters.num_uploaded >= 40)
         uploader.stop()
         assert uploader.counters.num_failures == 0
     assert await num_in_tier(tmp_path) == 40

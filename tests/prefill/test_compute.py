@@ -14,6 +14,7 @@ from antefix_prefill.worker.compute_thread import (
     compute_for,
     uninterrupted,
 )
+from tests.waiting import AT_MOST_S
 
 
 async def test_cancellation_waits_for_the_work_in_hand():
@@ -21,11 +22,11 @@ async def test_cancellation_waits_for_the_work_in_hand():
 
     def work():
         running.set()
-        let_go.wait(120)
+        let_go.wait(AT_MOST_S)
         finished.append(True)
 
     task = asyncio.create_task(thread.run(work))
-    await asyncio.to_thread(running.wait, 120)
+    await asyncio.to_thread(running.wait, AT_MOST_S)
     for _ in range(3):  # a second and a third cancellation must not interrupt the work either
         task.cancel()
         await asyncio.sleep(0)
@@ -260,7 +261,7 @@ async def steps_and_chunks(stepping, chunk_tenants, monkeypatch, num_steps=8):
         await thread.run(run, "s", 0.011)
         await asyncio.sleep(0.002)
     thread.stepping_for({})
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await asyncio.gather(busy, *chunks)
         thread.close()
     return "".join(order)

@@ -11,6 +11,7 @@ from antefix_prefill import prefetch
 from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.run_prompt import run_prompt
 from tests.prefill.test_run_prompt import DOCUMENT, OTHER_END, run, same
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -125,10 +126,7 @@ async def test_prompts_that_wait_find_nine_tenths_of_their_stored_prefix_in_memo
 
     async def wait(prompt):
         async with prefetcher.while_waiting(prompt):
-            for _ in range(3000):
-                await asyncio.sleep(0.1)
-                if prompt.prefetched is not None:
-                    break
+            await until(lambda: prompt.prefetched is not None)
 
     await asyncio.gather(*(wait(make_prompt(waiting, each)) for each in documents))
     counters = prefetcher.counters

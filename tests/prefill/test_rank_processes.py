@@ -24,6 +24,7 @@ from antefix_prefill.worker.rank_processes import RankProcesses
 from tests.model import released_checkpoint as released
 from tests.model.test_ranks import TOKENS, WIDE, digests
 from tests.prefill.test_run_prompt import run, same
+from tests.waiting import AT_MOST_S
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 DOCUMENT = np.random.default_rng(7).integers(0, 256, 300)
@@ -70,7 +71,7 @@ def test_a_rank_that_dies_is_told_at_once_and_by_name(two: tuple[RankProcesses, 
     pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
     sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
     os.kill(ranks.pids[0], signal.SIGKILL)
-    assert lost.told.wait(300)
+    assert lost.told.wait(AT_MOST_S)
     assert lost.reason == f"rank 1 (pid {ranks.pids[0]}) died with status -9"
     with pytest.raises((RuntimeError, OSError)):
         forward(model, pool, [(sequence, TOKENS[:3])])
@@ -99,7 +100,7 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
         os.kill(ranks.pids[2], signal.SIGSTOP)
         with pytest.raises(RuntimeError):
             forward(model, pool, [(sequence, TOKENS[:3])])
-        assert lost.told.wait(300)
+        assert lost.told.wait(AT_MOST_S)
     finally:
         ranks.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.pids)
@@ -144,7 +145,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         with pytest.raises(RuntimeError):
             forward(model, pool, [(sequence, np.array([14], "<u4"))])
-        assert lost.told.wait(300) and "rank 1" in lost.reason and "no such product" in lost.reason
+        assert lost.told.wait(AT_MOST_S) and "rank 1" in lost.reason and "no such product" in lost.reason
     finally:
         ranks.close()
 

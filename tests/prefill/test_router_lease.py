@@ -14,7 +14,7 @@ from antefix.secret import Keyring
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix_prefill.worker import router_lease
 from antefix_prefill.worker.router_lease import WorkerLease
-from tests.redis_servers import until
+from tests.waiting import until
 
 
 class _Router(router_pb2_grpc.RouterServiceServicer):  # type: ignore[misc]

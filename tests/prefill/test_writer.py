@@ -8,6 +8,7 @@ from antefix.errors import InvalidRequest
 from antefix.record import PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix_prefill.record_writer import PENDING_BYTES_MAX, RecordWriter
 from antefix_prefill.worker.store_counters import StoreCounters
+from tests.waiting import AT_MOST_S
 
 
 class Buggy:
@@ -25,7 +26,7 @@ async def test_a_bug_while_writing_holds_up_no_producer_and_comes_out_at_the_end
         for number in range(1, 9):
             await writer.put(Record(hash=bytes([number]) * 32, position=number, **shared))
 
-    await asyncio.wait_for(produce(), 60)
+    await asyncio.wait_for(produce(), AT_MOST_S)
     with pytest.raises(ZeroDivisionError):
         await writer.flush()
     assert writer.num_blocks_written == 0

@@ -14,7 +14,7 @@ from antefix.events.block_events import BlockEvent, EventKind, keys_of
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix.store.feed_room import BYTES_PER_NAME, FeedRoom
 from antefix.store.store_feed import StoreFeed
-from tests.redis_servers import until
+from tests.waiting import until
 
 FINGERPRINT = b"f" * 32
 HASHES = [hashlib.blake2b(bytes([i]), digest_size=32).digest() for i in range(10)]

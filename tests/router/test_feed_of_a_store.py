@@ -1,10 +1,5 @@
 """The feed agrees with the real store's look-ups after puts, evictions, kills and restarts."""
 
-import asyncio
-import contextlib
-
-import pytest
-
 from antefix import rpc
 from antefix.errors import Unavailable
 from antefix.events.block_events import keys_of
@@ -16,6 +11,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
+from tests.waiting import until
 
 PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]
 
@@ -28,21 +24,17 @@ async def serve(directory, address="127.0.0.1:0"):
 
 async def in_step(feed, store):
     """Whether the feed eventually agrees with a look-up for every prompt."""
-    for _ in range(3000):
+
+    async def agreed():
         looked = [(await store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
-        if [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS] == looked:
-            return looked
-        await asyncio.sleep(0.02)
-    return pytest.fail(f"the store has {looked}")
+        return looked if [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS] == looked else None
+
+    return await until(agreed)
 
 
 async def put(store, records):
     """Put records, and retry until the channel has connected again after the store was down."""
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(Unavailable):
-                return await store.put(records)
-            await asyncio.sleep(0.02)
+    return await until(lambda: store.put(records), "the store takes records", despite=Unavailable)
 
 
 async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from antefix.tokenizer import load_tokenizer
 from antefix_router.assembly import Router
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.router_config import RouterConfig
-from tests.redis_servers import until
 from tests.router.test_feed_of_a_store import serve
+from tests.waiting import until
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 OWNER = b"o" * OWNER_BYTES

@@ -14,6 +14,7 @@ from antefix_router.placement.policy import make_policy
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import WorkerRole, Workers
 from tests.router.test_prefilling import TOKENS, assert_idle, build, settled, start
+from tests.waiting import AT_MOST_S, until
 
 
 class Silent:
@@ -114,8 +115,7 @@ async def test_the_late_one_may_still_be_first():
     task = start(prefilling, "r")
     await settled()
     late = next(client for client in clients if client.calls)
-    while prefilling.counters.num_hedged == 0:  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
+    await until(lambda: prefilling.counters.num_hedged)
     late.gate.set()
     assert (await task).answer is not None
     assert prefilling.counters.num_hedges_won == 0
@@ -128,9 +128,7 @@ async def test_a_loaded_deployment_does_not_do_its_work_twice():
     speeds(workers, 1e9, 1e9)
     num = 200
     tasks = [start(prefilling, f"r{i}", (np.arange(400, dtype=np.uint32) * 7 + i * 13)) for i in range(num)]
-    async with asyncio.timeout(60):
-        while not prefilling._calls._budget.num_denied:  # noqa: ASYNC110 - of other tasks
-            await asyncio.sleep(0.002)
+    await until(lambda: prefilling._calls._budget.num_denied)
     for client in clients:
         client.gate.set()
     await asyncio.gather(*tasks)
@@ -160,8 +158,7 @@ async def test_a_second_worker_that_is_full_takes_nothing_from_the_first():
     late, other = sorted(clients, key=lambda client: not client.calls)
     other.failures = [Overloaded("full")]
     other.gate.set()
-    while not other.calls:  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
+    await until(lambda: other.calls)
     late.gate.set()
     assert (await task).answer is not None
     assert_idle(prefilling, workers)
@@ -201,7 +198,7 @@ async def test_an_output_that_stops_coming_moves():
     workers = decoders()
     stream = DecodeStream(workers, workers.workers[0], {workers.workers[0].address}, HedgeBudget(), own_s=0.0)
     with pytest.raises(Unavailable, match="nothing came"):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(AT_MOST_S):
             await read(stream, messages(0, 0, 0, 30))
 
 

@@ -1,6 +1,5 @@
 """Workers join and leave by lease, and the router knows which workers drain or restart."""
 
-import asyncio
 import time
 
 import grpc
@@ -16,6 +15,7 @@ from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
+from tests.waiting import until
 
 FINGERPRINT = b"f" * 32
 ADDRESS = "127.0.0.1:7001"
@@ -139,14 +139,6 @@ def test_only_who_has_the_secret_may_register_and_only_with_what_was_said():
         old = registration(said_at_ms=said.said_at_ms + 1000 * seconds)
         with pytest.raises(Unauthenticated, match="old"):
             old.check(KEYRING, old.proof(KEYRING))
-
-
-async def until(condition):
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come to be")
 
 
 async def test_a_worker_that_drains_is_known_to_and_one_that_died_has_forgotten():

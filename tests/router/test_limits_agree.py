@@ -31,6 +31,7 @@ from antefix_router.placement.workers import WorkerRole
 from tests.events.sources import EVENT_KEYS
 from tests.gateway.scripted import Script, make_front, serving
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.waiting import AT_MOST_S
 
 KEYRING = Keyring(b"0" * 16)
 TOKENS = list(range(BLOCK * 2))
@@ -147,7 +148,10 @@ def test_the_door_takes_a_name_or_refuses_it_by_what_it_is_called(field, text):
 
 async def test_http_takes_as_much_as_the_door_behind_it():
     script = Script()
-    async with serving(make_front(script, ledger=None)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(make_front(script, ledger=None)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
 
         async def ask(headers=None, **fields):
             body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields}

@@ -13,6 +13,7 @@ from antefix.errors import Overloaded
 from antefix_router.load_shedding import BURST_FACTOR, FREE_PER_WORKER, LoadShedding
 from antefix_router.router_config import RouterConfig
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S, until
 
 PER_S = 20.0
 WAIT_S_MAX = next(field.default for field in dataclasses.fields(RouterConfig) if field.name == "wait_s_max")
@@ -172,10 +173,9 @@ async def test_the_door_refuses_before_it_reads_a_body_and_says_when_to_come_aga
     front = make_front(Script(hold=hold), ledger=None)
     front.shedding = LoadShedding(8.0, lambda: 1, clock=clock)
     body = {"model": "antefix-tiny", "prompt": "hello", "max_tokens": 2}
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=60) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(FREE_PER_WORKER)]
-        while front.shedding.num_waiting < FREE_PER_WORKER:  # noqa: ASYNC110 - of another task
-            await asyncio.sleep(0.01)
+        await until(lambda: front.shedding.num_waiting >= FREE_PER_WORKER)
         clock.now_s += 5
         refused = await client.post("/v1/completions", content=b"not even JSON")
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1

@@ -10,8 +10,8 @@ from antefix.errors import Unavailable
 from antefix.events.numbered_log import Batch, Cursor
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed, MemoryFollower
-from tests.redis_servers import until
 from tests.router.memory_worker import Memory, Worker, leading, names_of
+from tests.waiting import until
 
 ADDRESS = "127.0.0.1:7001"
 CHAIN = names_of("a", 20)

@@ -14,8 +14,8 @@ from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
 from tests.events.sources import EVENT_KEYS
-from tests.redis_servers import until
 from tests.router.memory_worker import Worker, leading, names_of
+from tests.waiting import until
 
 CHAIN = names_of("a", 400)
 

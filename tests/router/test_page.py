@@ -22,6 +22,7 @@ from antefix_router.page.explained import explained
 from antefix_router.page.page import _FILES, page_routes
 from antefix_router.page.prefix_forest import PrefixForest
 from tests.gateway.scripted import MODEL
+from tests.waiting import AT_MOST_S
 
 
 def record(number=0, *, tenant="", hit=64, prompt=100, at_s=1000.0, **changed):
@@ -143,7 +144,7 @@ def test_the_data_needs_leave_and_the_page_does_not(error, status):
 
 
 def get(url):
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=AT_MOST_S) as answer:
         return answer.headers, answer.read()
 
 
@@ -159,7 +160,7 @@ async def test_the_page_of_a_deployment_agrees_with_its_answers_and_shows_no_tex
             request = urllib.request.Request(
                 f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
             )
-            with await asyncio.to_thread(urllib.request.urlopen, request, timeout=120) as answer:
+            with await asyncio.to_thread(urllib.request.urlopen, request, timeout=AT_MOST_S) as answer:
                 usages.append(json.loads(answer.read())["usage"])
         headers, text = await asyncio.to_thread(get, f"{url}/ui/data?seconds=600")
         data = json.loads(text)

@@ -22,6 +22,7 @@ from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import Limits
 from antefix_router.prefilling import Prefilling
+from tests.waiting import AT_MOST_S
 
 FINGERPRINT = b"f" * 32
 NAMES = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=4)
@@ -75,7 +76,7 @@ def build(num_workers=1, **limits):
     return Prefilling(workers, store, Directory(), fingerprint=FINGERPRINT, limits=limits), workers, clients, store
 
 
-def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, breakpoints=()):
+def start(prefilling, request_id, tokens=TOKENS, timeout_s=AT_MOST_S, breakpoints=()):
     request = request_of(request_id, tokens, breakpoints)
     return asyncio.create_task(prefilling.run(request, NAMES.prompt("t", tokens), timeout_s=timeout_s))
 
@@ -184,7 +185,7 @@ async def test_followers_do_not_wait_for_ever(monkeypatch):
     follower = start(prefilling, "follower")
     idle = next(client for client in clients if not client.calls)
     idle.gate.set()
-    answer = await asyncio.wait_for(follower, 100)
+    answer = await asyncio.wait_for(follower, AT_MOST_S)
     assert answer.answer.restore.written_tokens == 400 and not leader.done()
     assert prefilling.counters.num_gave_up_waiting == 1
     for client in clients:

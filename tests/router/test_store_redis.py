@@ -18,8 +18,9 @@ from antefix.store.store_feed import StoreFeed
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from tests.events.sources import EVENT_KEYS
 from tests.kvstore.small_store import FINGERPRINT, owner
-from tests.redis_servers import free_port, until
+from tests.redis_servers import free_port
 from tests.router.test_feed_of_a_store import PROMPTS, serve
+from tests.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -236,14 +237,14 @@ async def test_a_store_process_killed_and_started_again_is_followed_through_redi
     feed = StoreFeed(store.watch, fingerprint=FINGERPRINT, redis_url=url, name=address, keys=EVENT_KEYS)
     try:
         feed.start()
-        await until(lambda: feed.in_step, 60)
+        await until(lambda: feed.in_step)
         await store.put(PROMPTS[0].blocks())
         await until(lambda: said(feed) == [5, 0, 0, 0])
         assert feed.counters.num_snapshots == 1
         process.kill()
         process.wait()
         process = start()
-        await until(lambda: feed.counters.num_snapshots == 2 and feed.in_step, 60)
+        await until(lambda: feed.counters.num_snapshots == 2 and feed.in_step)
         await store.put(PROMPTS[1].blocks())
         await until(lambda: said(feed) == [5, 5, 0, 0])
     finally:

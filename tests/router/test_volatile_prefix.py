@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from antefix_billing.ledger_files import read_settled
 from antefix_router.volatile_prefix import HEAD_TOKENS, PrefixWatch
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 TEXTS = np.random.default_rng(17)
 
@@ -90,7 +91,7 @@ async def test_the_record_says_so_and_moving_the_line_mends_it(tmp_path, rules):
     system = "You are an agent in a terminal, and you are careful with files that are not yours. " * 12
     async with (
         serving(make_front(script, ledger=tmp_path), prefix_rules=rules) as url,
-        httpx2.AsyncClient(base_url=url) as client,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
     ):
         for number in range(3):
             line = f"x-anthropic-billing-header: cc_version=2.1.197.{number}{number}1; cch={number}ab;\n"

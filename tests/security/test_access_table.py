@@ -12,6 +12,7 @@ from antefix.security.access_table import TABLE, GrantRule
 from antefix.security.credentials import Credentials
 from antefix.security.identity import ISSUED, Identity, Role
 from antefix.security.process_security import ProcessSecurity
+from tests.waiting import AT_MOST_S
 
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 OWNER = b"an owner, of 24 bytes   "
@@ -23,7 +24,7 @@ async def reflected(channel):
 
     async def ask(**request):
         asked = iter([reflection_pb2.ServerReflectionRequest(**request)])
-        return [answer async for answer in stub.ServerReflectionInfo(asked, timeout=60)][0]  # noqa: RUF015
+        return [answer async for answer in stub.ServerReflectionInfo(asked, timeout=AT_MOST_S)][0]  # noqa: RUF015
 
     listed = await ask(list_services="")
     pool, methods = descriptor_pool.DescriptorPool(), {}
@@ -59,7 +60,7 @@ async def call(channel, method, kind):
         (True, True): channel.stream_stream,
     }[kind](method)
     try:
-        answer = make(iter([b""]) if kind[0] else b"", timeout=60)
+        answer = make(iter([b""]) if kind[0] else b"", timeout=AT_MOST_S)
         if kind[1]:
             async for _ in answer:
                 return grpc.StatusCode.OK
@@ -161,7 +162,7 @@ async def test_refusals_are_counted_and_named(authority, serve, caplog):
     method = "/antefix.v1.KvStoreService/Watch"
     async with rpc.channel(server.address, credentials=authority.credentials("prefill", "p7")) as channel:
         with pytest.raises(PermissionDenied, match="prefill p7 may not call"), rpc.rpc_errors():
-            async for _ in channel.unary_stream(method)(b"", timeout=60):
+            async for _ in channel.unary_stream(method)(b"", timeout=AT_MOST_S):
                 pass
     (family,) = security.guard.metrics()
     assert [(s.labels, s.value) for s in family.samples if s.value] == [({"method": method, "reason": "table"}, 1.0)]

@@ -22,6 +22,7 @@ from antefix_router.front import BillingConfig, open_front
 from antefix_router.key_callers import caller_of_key
 from antefix_router.load_shedding import LoadShedding
 from tests.gateway.scripted import Script, make_front, serving
+from tests.waiting import AT_MOST_S
 
 ALL = frozenset(Scope)
 SOON = datetime.now(UTC) + timedelta(hours=1)
@@ -307,7 +308,7 @@ async def door(tmp_path):
     key.register = register
     signer = Signer.create(tmp_path / "receipts.key")
     front = make_front(Script(), ledger=tmp_path / "ledger", keys=register, signer=signer)
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         yield client, key
 
 

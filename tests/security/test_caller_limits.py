@@ -10,6 +10,7 @@ from antefix import rpc
 from antefix.errors import Overloaded
 from antefix.security.caller_limits import CallerLimits
 from antefix.security.identity import LOCAL, Identity, Role
+from tests.waiting import AT_MOST_S
 
 TENANT = Identity(role=Role.TENANT, name="acme", tenants=frozenset({"acme"}))
 ONE, SAME, OTHER = "ipv4:10.0.0.1:4001", "ipv4:10.0.0.1:4002", "ipv6:[2001:db8::7]:4001"
@@ -72,12 +73,12 @@ async def test_a_server_refuses_the_call_that_is_too_many_and_counts_it(monkeypa
         watching = stub.Watch(health_pb2.HealthCheckRequest())
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(Overloaded, match="1 calls from your address"), rpc.rpc_errors():
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
         watching.cancel()
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(AT_MOST_S):
             while True:
                 with contextlib.suppress(Overloaded), rpc.rpc_errors():
-                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
+                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
                     break
                 await asyncio.sleep(0.01)
     await server.drain(0)

@@ -24,6 +24,7 @@ from antefix.security.identity_file import load_identities
 from antefix.security.process_security import ProcessSecurity
 from antefix.security.tls import http_context
 from antefix.telemetry.exposition import MetricsServer, Registry
+from tests.waiting import AT_MOST_S
 
 STATS = "/antefix.v1.KvStoreService/Stats"
 
@@ -41,7 +42,7 @@ async def status_of(address, credentials, *, of=Role.KVSTORE, method=STATS):
 
 async def status_over(channel, method=STATS):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await channel.unary_unary(method)(b"", timeout=60)
+        await channel.unary_unary(method)(b"", timeout=AT_MOST_S)
     return caught.value.code()
 
 
@@ -92,7 +93,7 @@ async def test_a_connection_is_not_downgraded(authority, serve, keyring):
     async with rpc.channel(tls.address, of=Role.KVSTORE, credentials=authority.credentials("metrics")) as channel:
         shown = Credentials(Role.ROUTER, keyring=keyring).metadata(STATS)
         with pytest.raises(PermissionDenied), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=60, metadata=shown)
+            await channel.unary_unary(STATS)(b"", timeout=AT_MOST_S, metadata=shown)
 
 
 async def test_a_certificate_of_another_ca_is_nobodys(authority, serve, tmp_path):
@@ -110,7 +111,7 @@ async def test_an_expired_certificate_ends_a_connection_that_outlives_it(authori
         later = time.time() + 91 * 86400
         monkeypatch.setattr(guard.time, "time", lambda: later)
         with pytest.raises(Unauthenticated, match="has expired"), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=60)
+            await channel.unary_unary(STATS)(b"", timeout=AT_MOST_S)
 
 
 async def test_a_revoked_certificate_is_refused_at_once(serve, tmp_path):
@@ -123,7 +124,7 @@ async def test_a_revoked_certificate_is_refused_at_once(serve, tmp_path):
         assert await status_over(channel) is ADMITTED
         (tmp_path / "s" / "identities.toml").write_text('revoked = ["spiffe://antefix.internal/prefill/p1"]\n')
         with pytest.raises(Unauthenticated, match="revoked"), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=60)
+            await channel.unary_unary(STATS)(b"", timeout=AT_MOST_S)
     assert (
         await status_of(server.address, Credentials(Role.PREFILL, files=CredentialFiles(tmp_path / "p2"))) is ADMITTED
     )
@@ -140,7 +141,7 @@ async def test_new_certificates_and_a_new_ca_drop_no_stream(serve, tmp_path):
     server = await serve(ProcessSecurity(Role.KVSTORE, files=CredentialFiles(tmp_path / "s")))
     credentials = Credentials(Role.ROUTER, files=CredentialFiles(tmp_path / "r"))
     async with rpc.channel(server.address, of=Role.KVSTORE, credentials=credentials) as channel:
-        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=60)
+        watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=AT_MOST_S)
         await watch.read()
         served = [await serving_serial(server.port)]
         for ca in ("old", "new"):
@@ -167,7 +168,7 @@ async def serving_serial(port):
     """The serial number of the certificate that a new connection gets."""
 
     def connect():
-        pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=60)
+        pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=AT_MOST_S)
         return describe(pem.encode()).serial
 
     return await asyncio.to_thread(connect)
@@ -282,7 +283,7 @@ def fetch(port, authority, role=None):
     if role:
         directory = authority.files(role).directory
         context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
-    with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=context, timeout=60) as answer:
+    with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=context, timeout=AT_MOST_S) as answer:
         return answer.read().decode()
 
 
@@ -294,7 +295,9 @@ async def test_metrics_are_for_those_with_a_certificate(authority):
     with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
         await asyncio.to_thread(fetch, port, authority)
     with pytest.raises((urllib.error.URLError, ConnectionError)):
-        await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read())
+        await asyncio.to_thread(
+            lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=AT_MOST_S).read()
+        )
     server.close()
 
 

@@ -18,7 +18,7 @@ from antefix_router.gateway.trusted_proxies import TrustedProxies
 from tests.billing.test_accounting import DEPLOY, load_cards
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import anthropic, openai
-from tests.redis_servers import until
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ async def send(port, *pieces, wait_s=0.0):
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(wait_s)
-        return await asyncio.wait_for(reader.read(), 60)
+        return await asyncio.wait_for(reader.read(), AT_MOST_S)
     except ConnectionResetError:
         return b""
     finally:
@@ -211,7 +211,7 @@ async def seen_client(headers, **settings):
     logger.setLevel(logging.INFO)
     try:
         front = make_front(Script(), ledger=None)
-        async with serving(front, **settings) as url, httpx2.AsyncClient(base_url=url) as client:
+        async with serving(front, **settings) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
             assert (await client.get("/healthz", headers=headers)).status_code == 200
         await until(lambda: records)
     finally:
@@ -301,7 +301,7 @@ PREFLIGHT = {
 
 async def test_no_page_may_call_unless_it_is_named():
     front = make_front(Script(), ledger=None)
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         for answer in (
             await client.options("/v1/chat/completions", headers=PREFLIGHT),
             await client.get("/healthz", headers={"origin": "https://evil.example"}),
@@ -313,7 +313,10 @@ async def test_no_page_may_call_unless_it_is_named():
 async def test_a_page_that_is_named_may_and_another_may_not():
     front = make_front(Script(), ledger=None)
     mine = "https://app.example"
-    async with serving(front, http_cors_origins=(mine,)) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(front, http_cors_origins=(mine,)) as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         allowed = await client.options("/v1/chat/completions", headers={**PREFLIGHT, "origin": mine})
         assert allowed.headers["access-control-allow-origin"] == mine
         assert "access-control-allow-credentials" not in allowed.headers

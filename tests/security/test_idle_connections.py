@@ -1,6 +1,5 @@
 """Connections without calls are limited by address too. Only the excess connections of that address are closed."""
 
-import asyncio
 import contextlib
 import socket
 
@@ -13,6 +12,7 @@ from antefix.security.caller_limits import CallerLimits, peer_of
 from antefix.security.identity import Identity, Role
 from antefix.security.idle_connections import Connection, accepted, close, to_close
 from antefix.security.process_security import ProcessSecurity
+from tests.waiting import AT_MOST_S, until
 
 TENANT = Identity(role=Role.TENANT, name="acme", tenants=frozenset({"acme"}))
 ROUTER = Identity(role=Role.ROUTER)
@@ -93,10 +93,8 @@ async def test_a_server_keeps_so_many_idle_connections_of_an_address_and_its_cal
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         with contextlib.ExitStack() as held:
             idle = [held.enter_context(socket.create_connection((host, int(port)))) for _ in range(20)]
-            async with asyncio.timeout(60):
-                while len(accepted(int(port))) != 4:  # noqa: ASYNC110 - what the server does is waited for
-                    await asyncio.sleep(0.01)
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
+            await until(lambda: len(accepted(int(port))) == 4)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
             assert sum(each.fileno() >= 0 for each in idle) == 20
             assert not watching.done()
         closed = [

@@ -16,7 +16,7 @@ from antefix_console.cli import main
 from antefix_router import key_changes
 from antefix_router.key_changes import KeyChanges
 from antefix_router.key_exchange import ForgedKeys, KeyExchange
-from tests.redis_servers import until
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +68,9 @@ async def test_a_change_of_the_file_is_in_force_on_all_its_routers_within_5_s(ro
         out = tmp_path / f"{number}.key"
         await command("create", "acme", "--file", path, "--output", out)
         text = out.read_text().strip()
-        await until(lambda text=text: one.lets_in(text) and other.lets_in(text), seconds=5)
+        await until(lambda text=text: one.lets_in(text) and other.lets_in(text))
         await command("revoke", key_file.read_book(path).keys[-1].id, "--file", path)
-        await until(lambda text=text: not one.lets_in(text) and not other.lets_in(text), seconds=5)
+        await until(lambda text=text: not one.lets_in(text) and not other.lets_in(text))
 
 
 @pytest.mark.parametrize("fault", ["gone", "garbage", "writable", "older", "empty"])
@@ -109,12 +109,12 @@ async def test_a_change_reaches_routers_on_other_hosts_through_redis(routers, re
     there = ("--redis", redis.url, "--secret-file", secret)
     await command("create", "acme", "--file", tmp_path / "host-1.json", "--output", tmp_path / "acme.key", *there)
     text = (tmp_path / "acme.key").read_text().strip()
-    await until(lambda: one.lets_in(text) and other.lets_in(text), seconds=5)
+    await until(lambda: one.lets_in(text) and other.lets_in(text))
     # Wait until the other host's file has the change. A router that starts later without Redis reads it there.
-    await until(lambda: key_file.read_book(tmp_path / "host-2.json").number == 1, seconds=5)
+    await until(lambda: key_file.read_book(tmp_path / "host-2.json").number == 1)
     # A command on any host continues from the changes of other hosts.
     await command("revoke", one.register.book.keys[0].id, "--file", tmp_path / "host-2.json", *there)
-    await until(lambda: not one.lets_in(text) and not other.lets_in(text), seconds=5)
+    await until(lambda: not one.lets_in(text) and not other.lets_in(text))
 
 
 async def test_whoever_writes_to_redis_makes_no_key(routers, redis, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ async def test_it_stops_also_when_an_answer_comes_at_the_same_moment(tmp_path, m
     await asyncio.sleep(0.1)
     answer.set_result(None)
     await asyncio.sleep(0)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await router.changes.close()
     assert router.changes._task.done()
 

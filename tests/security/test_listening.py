@@ -10,6 +10,7 @@ from antefix.security.identity import Role
 from antefix.security.listening import advertised, check_listening, is_loopback, names_host, parse_address
 from antefix.security.process_security import OPEN
 from antefix.store.payload_channel import PayloadChannel
+from tests.waiting import AT_MOST_S
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ async def call_health(channel):
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     async with channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 

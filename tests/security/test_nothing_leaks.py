@@ -22,6 +22,7 @@ from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_router.gateway.http_errors import Provider, error_body
 from antefix_router.gateway.notes import IgnoredFields, Notes
+from tests.waiting import AT_MOST_S
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 TEXT = "Canary7Prompt says that the vault opens at nine, and Canary7Name holds the key. "
@@ -115,12 +116,11 @@ def found_in(where, data, forms, but=""):
 
 
 @pytest.mark.services
-@pytest.mark.timeout(240)
 async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
     deployment, key, password, receiver = busy
     url = "http://" + deployment.one("router").http_address
     answers = []
-    async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
 
         async def send(path, body, headers):
             raw = {"content": body} if isinstance(body, bytes) else {"json": body}

@@ -21,6 +21,7 @@ from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.e2e.conftest import MODEL, SMALL_POOL
 from tests.security.tls_deployment import ipv6_or_v4
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.services
 PROMPT = np.arange(300, dtype=np.uint32) % 61
@@ -46,7 +47,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
         store = RemoteStore(at["kvstore"], credentials=STRANGER)
         calls = {
             "decode": lambda: decode(at["decode"], request),
-            "prefill": lambda: PrefillClient(at["prefill"], credentials=STRANGER).prefill(request, timeout_s=60),
+            "prefill": lambda: PrefillClient(at["prefill"], credentials=STRANGER).prefill(request, timeout_s=AT_MOST_S),
             "status": lambda: DecodeClient(at["decode"], credentials=STRANGER).status(),
             "strategy": lambda: WindowClient(at["prefill"], credentials=STRANGER).set_strategy("zero"),
             "look up": lambda: store.lookup([bytes(32)], fingerprint=bytes(32)),
@@ -63,7 +64,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
         await store.close()
         # 3. Health is open to all. Results that need the secret are not made without it.
         async with grpc.aio.insecure_channel(at["decode"]) as channel:
-            assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
+            assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=AT_MOST_S)
         thief = Credentials(Role.ROUTER, keyring=Keyring(b"a thief's own secret, 32 bytes .."))
         with pytest.raises(Unauthenticated):
             await DecodeClient(at["decode"], credentials=thief).status()
@@ -76,7 +77,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
 
 async def decode(address, request):
     async with DecodeClient(address, credentials=STRANGER) as client:
-        async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=60):
+        async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=AT_MOST_S):
             pass
 
 

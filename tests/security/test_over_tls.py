@@ -25,6 +25,7 @@ from antefix.security.identity import Role
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix_console.cli import main
 from tests.security.tls_deployment import TlsDeployment
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.services
 PROMPT = np.arange(300, dtype=np.uint32) % 61
@@ -110,13 +111,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
 
 async def until_there(client):
     """Wait until the workers have registered, which takes a moment."""
-    for _ in range(1000):
-        try:
-            await ask(client, WARM_UP, tenant="globex")
-        except Unavailable:
-            await asyncio.sleep(0.2)
-        else:
-            break
+    await until(lambda: ask(client, WARM_UP, tenant="globex"), "the workers register", despite=Unavailable)
 
 
 async def keys_over_grpc(deployment, authority, tokens):
@@ -130,7 +125,7 @@ async def keys_over_grpc(deployment, authority, tokens):
             message.MergeFrom(router_pb2.GenerateRequest(**changes))
             metadata = (("authorization", f"Bearer {key}"),) if key else ()
             with rpc.rpc_errors():
-                return [answer async for answer in stub.Generate(message, timeout=30, metadata=metadata)]
+                return [answer async for answer in stub.Generate(message, timeout=AT_MOST_S, metadata=metadata)]
 
         answers = await generate("acme's key")
         assert answers[-1].usage.cache_hit_tokens == 256
@@ -150,7 +145,9 @@ async def keys_over_http(deployment, authority):
         body = json.dumps({"model": "m", "prompt": "Hello", "max_tokens": 2}).encode()
         request = urllib.request.Request(f"{scheme}://{address}/v1/completions", body, headers)
         request.add_header("content-type", "application/json")
-        with urllib.request.urlopen(request, context=context if scheme == "https" else None, timeout=30) as answer:
+        with urllib.request.urlopen(
+            request, context=context if scheme == "https" else None, timeout=AT_MOST_S
+        ) as answer:
             return answer.status
 
     assert await asyncio.to_thread(get, "https", "acme's key") == 200
@@ -169,18 +166,18 @@ async def stolen_worker(deployment, authority):
         # Even the router's certificate is refused, because it has no grant.
         async with DecodeClient(decode, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
-                async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=60):
+                async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=AT_MOST_S):
                     pass
         async with PrefillClient(prefill, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
-                await client.prefill(request, timeout_s=60)
+                await client.prefill(request, timeout_s=AT_MOST_S)
     # A stolen grant for one tenant and prompt is not valid for another.
     keyring, granter = Keyring.from_file(deployment.secret), authority.granter()
     for tenant, tokens in (("acme", PROMPT), ("globex", PROMPT + 1)):
         grants.hold(granter.grant_for(keyring, tenant, tokens, ttl_s=60))
         async with PrefillClient(prefill, credentials=router) as client:
             with pytest.raises(PermissionDenied, match=r"another tenant|another prompt"):
-                await client.prefill(request, timeout_s=60)
+                await client.prefill(request, timeout_s=AT_MOST_S)
     grants.hold(b"")
 
 
@@ -210,7 +207,7 @@ async def registrations(deployment, authority):
         )
         async with rpc.channel(operator.address, of=Role.ROUTER, credentials=credentials) as channel:
             with rpc.rpc_errors():
-                await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(message, timeout=60)
+                await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(message, timeout=AT_MOST_S)
 
     p2 = authority.credentials("prefill", "p2")
     with pytest.raises(PermissionDenied, match="may not register as a decode worker"):

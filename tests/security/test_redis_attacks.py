@@ -26,7 +26,8 @@ from antefix.window_pool import RedisWindowPool, check_address
 from antefix.window_pool.pool_format import HEADER_BYTES, pack
 from antefix.window_pool.redis_pool import key_of
 from tests.events.sources import CHAIN, EVENT_KEYS, MemorySource
-from tests.redis_servers import RedisServer, until, wait_for
+from tests.redis_servers import RedisServer
+from tests.waiting import until, wait_until
 
 KEYRING = Keyring(b"k" * 32)
 FINGERPRINT = b"f" * 32
@@ -304,7 +305,7 @@ class TlsRedis(RedisServer):
                 return False
             return True
 
-        wait_for(answers, "redis-server did not answer")
+        wait_until(answers, "redis-server answers")
         return self
 
 

@@ -16,8 +16,8 @@ from antefix_router.gateway.app import serve_door
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
-from tests.redis_servers import until
 from tests.router.memory_worker import Memory, names_of
+from tests.waiting import AT_MOST_S, until
 
 
 @pytest.mark.parametrize(("cert", "believed"), [("p1", True), ("p2", False)])
@@ -50,7 +50,7 @@ async def test_a_rogue_router_gets_no_registration(authority, serve):
     rogue = await serve(authority.security("decode", "stolen"))
     async with rpc.channel(rogue.address, of=Role.ROUTER, credentials=authority.credentials("prefill")) as channel:
         with pytest.raises(Unavailable), rpc.rpc_errors():
-            await channel.unary_unary("/antefix.v1.RouterService/RegisterWorker")(b"", timeout=60)
+            await channel.unary_unary("/antefix.v1.RouterService/RegisterWorker")(b"", timeout=AT_MOST_S)
 
 
 def registration(address, role="prefill"):

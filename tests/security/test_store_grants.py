@@ -25,6 +25,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
+from tests.waiting import AT_MOST_S
 
 ALICE, MALLORY = owner("alice"), owner("mallory")
 PROMPT = Prompt(list(range(BLOCK * 6)))
@@ -111,7 +112,7 @@ CALLS = {
 async def forge(store):
     with rpc.rpc_errors():
         name = kvstore_pb2.RecordName(kind=RecordKind.BLOCK.value, hash=PROMPT.hashes[0])
-        await store.stub.Touch(kvstore_pb2.TouchRequest(forged=[name]), timeout=60)
+        await store.stub.Touch(kvstore_pb2.TouchRequest(forged=[name]), timeout=AT_MOST_S)
 
 
 @pytest.mark.parametrize("what", CALLS)
@@ -164,11 +165,11 @@ async def test_anothers_records_are_neither_called_forged_nor_replaced(authority
 async def test_what_is_registered_for_all_tenants_stays(authority, server, thief):
     """A wrong layout would switch off compression for all tenants."""
     request = kvstore_pb2.RegisterRequest(fingerprint=FINGERPRINT, block_size=BLOCK)
-    await thief.stub.Register(request, timeout=60)
+    await thief.stub.Register(request, timeout=AT_MOST_S)
     request.block_size = 7
     request.parts.add(num_rows=1).fields.add(nbytes=3, width=1)
     with pytest.raises(grpc.aio.AioRpcError, match=r"blocks have 7 tokens, but the KV .* has blocks of 8:"):
-        await thief.stub.Register(request, timeout=60)
+        await thief.stub.Register(request, timeout=AT_MOST_S)
     index = server.servicer.engine.index
     with index.txn() as txn:
         assert index.block_tokens(txn, FINGERPRINT) == BLOCK
@@ -260,15 +261,15 @@ async def test_a_service_token_is_good_for_its_method_and_a_minute(keyring, serv
     taken = credentials.metadata(stats)
     async with grpc.aio.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(stats)(b"", timeout=60, metadata=taken)
+            await channel.unary_unary(stats)(b"", timeout=AT_MOST_S, metadata=taken)
         assert caught.value.code() is grpc.StatusCode.INTERNAL, "let through, to a servicer that does nothing"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_stream(watch)(b"", timeout=60, metadata=taken).read()
+            await channel.unary_stream(watch)(b"", timeout=AT_MOST_S, metadata=taken).read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         later = time.time() + 61
         monkeypatch.setattr("antefix.security.service_tokens.time.time", lambda: later)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(stats)(b"", timeout=60, metadata=taken)
+            await channel.unary_unary(stats)(b"", timeout=AT_MOST_S, metadata=taken)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "61" not in caught.value.details()
 
@@ -329,7 +330,7 @@ async def test_raw_calls_that_make_no_sense_are_refused_too(authority, server):
     operator = rpc.channel(server.address, of=Role.KVSTORE, credentials=authority.credentials("operator"))
     with pytest.raises(PermissionDenied), rpc.rpc_errors():
         request = kvstore_pb2.EvictRequest(tenant="alice", records=[])
-        await kvstore_pb2_grpc.KvStoreServiceStub(operator).Evict(request, timeout=60)
+        await kvstore_pb2_grpc.KvStoreServiceStub(operator).Evict(request, timeout=AT_MOST_S)
     assert isinstance(old, Record)
     await operator.close()
     await store.close()

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from antefix.secret import create_secret_file
+from tests.waiting import AT_MOST_S
 
 
 def ipv6_or_v4():
@@ -66,7 +67,7 @@ class TlsDeployment:
             await process.wait()
 
         self._stack.push_async_callback(end)
-        line = await asyncio.wait_for(process.stdout.readline(), 120)
+        line = await asyncio.wait_for(process.stdout.readline(), AT_MOST_S)
         assert line, self.log(role)
         self.said[role] = json.loads(line)
 

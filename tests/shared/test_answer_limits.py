@@ -17,6 +17,7 @@ from antefix.store.remote_store import RemoteStore
 from antefix.v1 import decode_pb2, decode_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from antefix.wire import tokens_to_wire
 from tests.shared.test_request_limits import SERVICES, fields_below
+from tests.waiting import AT_MOST_S
 
 FLOATS = (Field.TYPE_DOUBLE, Field.TYPE_FLOAT)
 PATHS = {
@@ -110,11 +111,11 @@ async def test_callers_go_on_without_a_service_whose_answer_cannot_be_right(liar
             await client.status()
         liar.answer = prefill_pb2.PrefillResponse(restore={"hit_tokens": 4, "miss_tokens": 2})
         with pytest.raises(Unavailable, match="4 tokens hit and 2 missed, of 5"):
-            await client.prefill(REQUEST, timeout_s=60)
+            await client.prefill(REQUEST, timeout_s=AT_MOST_S)
     async with DecodeClient(liar.address) as client:
         liar.answer = decode_pb2.DecodeResponse(tokens=tokens_to_wire(np.arange(3, dtype=np.uint32)))
         with pytest.raises(Unavailable, match="more tokens than were asked for"):
-            async for _ in client.decode(REQUEST, REQUEST.sampling, handoff=b"", emitted=(), timeout_s=60):
+            async for _ in client.decode(REQUEST, REQUEST.sampling, handoff=b"", emitted=(), timeout_s=AT_MOST_S):
                 pass
     async with RemoteStore(liar.address) as store:
         for answer in ({"num_blocks": 3}, {"num_blocks": 1, "checkpoints": [9]}):

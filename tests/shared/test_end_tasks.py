@@ -11,6 +11,7 @@ from antefix_billing.key_register import KeyRegister
 from antefix_router.health import HealthWatch
 from antefix_router.key_changes import KeyChanges
 from antefix_router.merged_streams import merged
+from tests.waiting import AT_MOST_S
 
 
 class Forgetful:
@@ -39,7 +40,7 @@ async def test_a_task_that_forgets_a_cancellation_is_told_again():
     forgetful = Forgetful(2)
     task = asyncio.create_task(forgetful.wait())
     await forgetful.began.wait()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await end_tasks([task], again_s=0.01)
     assert task.cancelled()
 
@@ -58,7 +59,7 @@ async def test_keys_that_are_being_asked_for_do_not_hold_up_the_end(tmp_path, mo
     monkeypatch.setattr(changes, "look", forgetful.wait)
     changes.start()
     await forgetful.began.wait()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await changes.close()
     assert forgetful.ended.is_set()
 
@@ -77,7 +78,7 @@ async def test_health_is_watched_to_the_end_of_workers_that_left_too(monkeypatch
     await staying.began.wait()
     await leaving.began.wait()
     health.follow((Workers("a"),))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await health.close()
     assert staying.ended.is_set() and leaving.ended.is_set()
 
@@ -110,7 +111,7 @@ async def test_streams_that_fail_as_they_are_cut_off_do_not_hold_up_the_reader(n
 
     outputs = merged([stream(number) for number in range(3)])
     with contextlib.suppress(ConnectionError):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(AT_MOST_S):
             async for _ in outputs:
                 if not num_read:
                     break
@@ -118,5 +119,5 @@ async def test_streams_that_fail_as_they_are_cut_off_do_not_hold_up_the_reader(n
             for _ in range(10):
                 await asyncio.sleep(0)
             await outputs.aclose()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         await outputs.aclose()

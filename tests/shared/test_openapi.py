@@ -15,6 +15,7 @@ from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 from tests.gateway.test_any_body import BODIES
+from tests.waiting import AT_MOST_S
 
 
 @pytest.fixture
@@ -49,7 +50,10 @@ def test_the_document_is_well_formed(document):
 
 async def test_it_is_served_and_good_requests_and_answers_fit_it():
     front = make_front(Script(), ledger=None)
-    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient(base_url=url) as client:
+    async with (
+        serving(front, chat_format="deepseek-v4") as url,
+        httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client,
+    ):
         document = (await client.get(openapi.PATH)).json()
         for path, body in BODIES.items():
             operation = document["paths"][path]["post"]

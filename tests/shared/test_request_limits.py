@@ -14,6 +14,7 @@ from antefix.errors import InvalidRequest
 from antefix.request_limits import check_request, limit_of, reading
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc, router_pb2
 from antefix_kvstore.server import register as register_store
+from tests.waiting import AT_MOST_S
 
 SERVICES = {}
 for module in pkgutil.iter_modules(antefix.v1.__path__):
@@ -160,9 +161,9 @@ async def test_malformed_messages_are_invalid_and_nothing_is_logged(server, capl
             call = channel.stream_unary(path) if descriptor.client_streaming else channel.unary_stream(path)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 if descriptor.client_streaming:
-                    await call(iter([raw]), timeout=60)
+                    await call(iter([raw]), timeout=AT_MOST_S)
                 else:
-                    async for _ in call(raw, timeout=60):
+                    async for _ in call(raw, timeout=AT_MOST_S):
                         pass
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (path, caught.value.details())
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
@@ -182,13 +183,13 @@ async def test_a_number_out_of_its_range_is_refused_over_the_wire(server):
         (stub.Evict, kvstore_pb2.EvictRequest(records=[kvstore_pb2.RecordName(hash=b"")] * 70_000)),
     ):
         with pytest.raises(InvalidRequest), rpc.rpc_errors():
-            await call(request, timeout=60)
+            await call(request, timeout=AT_MOST_S)
 
     async def pieces():
         yield kvstore_pb2.PutRequest(header=kvstore_pb2.RecordHeader(cost_s=math.nan))
 
     with pytest.raises(InvalidRequest, match=r"header\.cost_s"), rpc.rpc_errors():
-        await stub.Put(pieces(), timeout=60)
+        await stub.Put(pieces(), timeout=AT_MOST_S)
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy", "all_proxy"])
@@ -197,5 +198,5 @@ async def test_a_proxy_of_the_environment_is_not_asked_for_our_own_calls(server,
     async with rpc.channel(server.address) as channel:
         call = channel.unary_unary("/antefix.v1.RouterService/RouterStatus")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(router_pb2.RouterStatusRequest().SerializeToString(), timeout=60)
+            await call(router_pb2.RouterStatusRequest().SerializeToString(), timeout=AT_MOST_S)
     assert caught.value.code() is not grpc.StatusCode.UNAVAILABLE

@@ -107,6 +107,24 @@ def test_records_without_a_table_say_what_they_measure():
     assert all((ROOT / path).exists() for paths in tables.NAMED.values() for path in paths)
 
 
+def test_a_record_of_earlier_code_is_not_listed_and_says_so(results, one_record, monkeypatch):
+    one_record(cold=1.0, commit="abcdef0123")
+    monkeypatch.setattr(tables, "HISTORY", frozenset({"a.json"}))
+    assert list(results.stale(lambda *arguments: "")) == []
+    after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
+    assert "of earlier code, kept for comparison.*" in after
+
+
+def test_a_repeated_part_confirms_a_record(results, one_record):
+    repeated = {"commit": "fedcba9876", "date": "2026-11-30T10:00:00", "part": "one scene"}
+    one_record(cold=1.0, commit="abcdef0123", repeated=repeated)
+    asked = []
+    assert list(results.stale(lambda *arguments: asked.append(arguments) or "")) == []
+    assert [arguments[2] for arguments in asked] == ["fedcba9876"]
+    after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
+    assert "one scene run again at fedcba98, 2026-11-30: the same figures" in after
+
+
 def test_a_run_that_named_no_commit_is_said_to_be_one(results, one_record):
     one_record(cold=1.0, recorded={"commit": "0123abcd", "date": "2026-11-22"})
     after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")

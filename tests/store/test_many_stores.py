@@ -16,8 +16,8 @@ from antefix.store.store_feed import StoreFeed
 from antefix.store.store_stats import sum_of
 from antefix_kvstore.check_store import fsck
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
-from tests.redis_servers import until
 from tests.store.many_embedded import OWNER, PROMPT, Rack, rack_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio
 

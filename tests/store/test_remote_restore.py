@@ -27,6 +27,7 @@ from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 from tests.kvstore.test_compression import PLAN, Bells
 from tests.slow_cases import slow_but
+from tests.waiting import AT_MOST_S, until
 
 MIB = 1 << 20
 # Three of these records share a message, so there are four messages.
@@ -92,7 +93,7 @@ async def messages(store: RemoteStore, **fields: Any) -> list[kvstore_pb2.GetRes
     request = kvstore_pb2.GetRequest(
         kind=kvstore_pb2.RECORD_KIND_BLOCK, hashes=b"".join(PROMPT.hashes), fingerprint=FINGERPRINT, **fields
     )
-    return [message async for message in store.stub.Get(request, timeout=60)]
+    return [message async for message in store.stub.Get(request, timeout=AT_MOST_S)]
 
 
 async def test_plain_records_come_as_they_lie(store: RemoteStore, asked: list[tuple[int, int]]) -> None:
@@ -125,7 +126,7 @@ async def test_coded_records_are_decoded_by_the_store(store: RemoteStore, servic
         fingerprint=FINGERPRINT,
         record_format=RECORD_VERSION,
     )
-    got = [message async for message in store.stub.Get(request, timeout=60)]
+    got = [message async for message in store.stub.Get(request, timeout=AT_MOST_S)]
     assert b"".join(message.data for message in got) == b"".join(prompt.payload(i) for i in range(6))
 
 
@@ -191,10 +192,7 @@ async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
     # there.
     assert await restored(store) == number
     assert asked == [(RECORD_VERSION, 0), (0, number)]
-    for _ in range(6000):
-        if servicer.engine.counters.corrupt:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: servicer.engine.counters.corrupt)
     assert servicer.engine.counters.corrupt == 1
     # 2. From now on the damaged block is a miss without another check.
     asked.clear()
@@ -281,7 +279,7 @@ async def test_a_reader_that_does_not_read_holds_no_memory(
         fingerprint=FINGERPRINT,
         record_format=record_format,
     )
-    call = store.stub.Get(request, timeout=30)
+    call = store.stub.Get(request, timeout=AT_MOST_S)
     received = (await call.read()).ByteSize()
     seen = -1
     while seen != num_read:
@@ -358,18 +356,14 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
     )
     # Each stream has its own connection, because streams of one connection share its window.
     clients = [RemoteStore(servicer.address) for _ in range(6)]  # type: ignore[attr-defined]
-    stopped = [client.stub.Get(request, timeout=30) for client in clients]
+    stopped = [client.stub.Get(request, timeout=AT_MOST_S) for client in clients]
     for call in stopped:
         await call.read()
     for call in stopped[:3]:
         call.cancel()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(AT_MOST_S):
         assert await restored(store) == 10
-    for _ in range(6000):
-        if servicer.num_streams == 3:
-            break
-        await asyncio.sleep(0.01)
-    assert servicer.num_streams == 3
+    await until(lambda: servicer.num_streams == 3)
     for client in clients:
         await client.close()
 
@@ -384,7 +378,7 @@ async def test_urgent_calls_have_payloads_give_way(
     await restored(store)
     await store.put(PROMPT.blocks(1))
     await store.stats()
-    await store.stub.Touch(kvstore_pb2.TouchRequest(hits=1), timeout=60)
+    await store.stub.Touch(kvstore_pb2.TouchRequest(hits=1), timeout=AT_MOST_S)
     assert not given
     if method == "Fate":
         await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)

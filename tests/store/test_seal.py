@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -117,10 +117,7 @@ async def test_what_is_forged_is_a_miss_and_is_replaced(store: Store, servicer: 
     assert await restored(store) == 3
     assert store.seals.num_broken > 0  # type: ignore[attr-defined]
     # The forgery was reported to the store, so the store accepts the right record.
-    for _ in range(6000):
-        if servicer.engine.counters.forged:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: servicer.engine.counters.forged)
     result = await store.put([sealed(PROMPT.block(3))])
     assert result.num_stored == 1
     assert await restored(store) == 6

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import AT_MOST_S
+
 pytestmark = pytest.mark.services
 
 
@@ -27,7 +29,7 @@ TENSORS = ("torch", "triton", "transformers", "safetensors")
 FOREIGN = ("kernels", "router", "prefill", "decode", "simulate")
 
 
-def run(*command, timeout=300, **options):
+def run(*command, timeout=AT_MOST_S, **options):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout, **options)
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -166,7 +168,7 @@ def test_router_store_and_command_line_start_without_torch(environment, tmp_path
     finally:
         for process in processes:
             process.terminate()
-        ends = [process.wait(300) for process in processes]
+        ends = [process.wait(AT_MOST_S) for process in processes]
     assert ends == [0, 0]
     for command in (["--help"], ["up", "--help"], ["inspect", tmp_path / "store"], ["fsck", tmp_path / "store"]):
         run(environment / "bin/antefix", *command, **options)

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precision of the weights in the test; use the workers' setting",
     )
     parser.add_argument(
-        "--reproducible", action="store_true", help="test the reproducible mode on a card; use the workers' setting"
+        "--reproducible", action="store_true", help="test the reproducible mode on a GPU; use the workers' setting"
     )
     parser.add_argument(
         "--store",

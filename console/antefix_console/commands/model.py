@@ -162,7 +162,7 @@ def render(about: Description, places: list[Place]) -> str:
         f"  memory      {_gib(about.memory_bytes['float32'])} with --dtype float32,"
         f" {_gib(about.memory_bytes['bfloat16'])} with --dtype bfloat16"
         + (f", in each of {about.num_ranks} ranks" if about.num_ranks > 1 else ""),
-        f"  KV          {about.kv.token:,.0f} B per token on disk and on a card, {about.kv.pool_token:,.0f} B in a"
+        f"  KV          {about.kv.token:,.0f} B per token on disk and on a GPU, {about.kv.pool_token:,.0f} B in a"
         f" CPU's pool; blocks of {about.kv.block_tokens} tokens; a checkpoint {about.kv.checkpoint / 1e6:.2f} MB",
         f"  prompts     up to {about.max_tokens:,} tokens, {about.vocab_size:,} token ids;"
         f" {'has a tokenizer' if about.has_tokenizer else 'has no tokenizer: token ids only'}",

@@ -10,11 +10,13 @@ import json
 import signal
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
+from antefix.keep_running import keep_running
 from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.telemetry.logs import FORMATS, LEVELS
 from antefix.window_pool import DISK, MEMORY, RedisWindowPool
@@ -219,7 +221,10 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     _tell("starting services ...")
     deployment = Deployment(config, _tell)
     loop.add_signal_handler(signal.SIGHUP, deployment.reload)
-    reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
+    reaping = keep_running(
+        partial(reap_orphans, lambda: {each.process.pid for each in deployment.processes}),
+        "the wait for orphaned processes",
+    )
     stopped = asyncio.create_task(asked.wait())
     try:
         if not await _until(_start(deployment, config, as_json=as_json), stopped):

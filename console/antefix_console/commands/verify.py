@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="use the faster kernels on a card; their hits equal cold runs only within bounds",
+        help="use the faster kernels on a GPU; their hits equal cold runs only within bounds",
     )
     parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models to verify (default: all)")
     parser.add_argument(

@@ -12,6 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from types import TracebackType
 
@@ -20,6 +21,7 @@ from antefix.discovery import DnsName, Following, Found
 from antefix.discovery.dns_name import PREFIX, Resolve, addresses_of
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
+from antefix.keep_running import keep_running
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.identity import Role
@@ -97,7 +99,7 @@ class WorkerLease:
         wanted = self._routers()
         for router in wanted:
             if router not in self._tasks:
-                self._tasks[router] = asyncio.create_task(self._keep(router))
+                self._tasks[router] = keep_running(partial(self._keep, router), f"the lease at router {router}")
         for router in [router for router in self._tasks if router not in wanted]:
             task = self._tasks.pop(router)
             task.cancel()

@@ -16,6 +16,7 @@ from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
 from antefix.events.kv_sockets import CurveKey, check_public_key, guard_client
 from antefix.events.kv_subscriber import KvSubscriber
+from antefix.keep_running import keep_running
 from antefix.pulse import Pulse
 from antefix_router.fleet.engine_index import EngineIndex, GoneBlocks
 from antefix_router.fleet.fleet_config import EnginePlace, FleetConfig
@@ -141,7 +142,10 @@ class Engines:
         for engine in self.engines:
             if engine.subscriber is not None:
                 self._tasks.append(asyncio.create_task(engine.subscriber.run()))
-        self._tasks += [asyncio.create_task(self._watch(engines)) for engines in self._by_url()]
+        self._tasks += [
+            keep_running(partial(self._watch, engines), f"the health watch of {engines[0].place.address}")
+            for engines in self._by_url()
+        ]
 
     async def close(self) -> None:
         await end_tasks(self._tasks)

@@ -19,6 +19,7 @@ from antefix.clients.statuses import DecodeStatus, PrefillStatus
 from antefix.discovery import Following, Source
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, ConfigError, FingerprintMismatch
+from antefix.keep_running import keep_running
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.workers import WorkerRole
 
@@ -81,7 +82,7 @@ class FoundWorkers:
         if self._following and self._task is None:
             for following in self._following.values():
                 following.start()
-            self._task = asyncio.create_task(self._run())
+            self._task = keep_running(self._run, "the look-up of workers")
 
     async def close(self) -> None:
         if self._task is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from antefix.end_tasks import end_tasks
 from antefix.errors import FingerprintMismatch, InvalidRequest, PermissionDenied, ResourceExhausted
+from antefix.keep_running import keep_running
 from antefix.security.listening import parse_address
 from antefix_router.health import HealthWatch
 from antefix_router.placement.directory import Directory
@@ -67,7 +68,7 @@ class Leases:
 
     def start(self) -> None:
         """Begin to watch the workers' health and to end expired leases. Needs a running event loop."""
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._sweeper = keep_running(self._sweep, "the end of expired leases")
         if self._memory is not None:
             self._memory.start()
         self._followed()

@@ -20,6 +20,7 @@ from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix.keep_running import keep_running
 from antefix.redis_access import RedisAccess
 from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
@@ -123,7 +124,7 @@ class MemoryFeed:
             follower = self._followers[address] = MemoryFollower(
                 self._directory, address, through_redis=self._reader is not None, counters=self.counters
             )
-            self._tasks[address] = asyncio.create_task(self._run(follower, address))
+            self._tasks[address] = keep_running(partial(self._run, follower, address), f"the events of {address}")
 
     async def close(self) -> None:
         self.follow(())
