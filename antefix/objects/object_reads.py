@@ -22,8 +22,14 @@ from antefix.objects.segment_object import SEGMENT_NUMBER
 from antefix.record import Buffer, RecordKind
 from antefix.store_files import codec
 from antefix.store_files.read_runs import Decrypt
-from antefix.store_files.record_format import RECORD_HEADER_BYTES, Codec, RecordFlag, payload_checksum
-from antefix.store_files.record_header import RecordHeader, sealed_part, unpack_record_header
+from antefix.store_files.record_format import (
+    RECORD_HEADER_BYTES,
+    Codec,
+    RecordFlag,
+    extent_bytes,
+    payload_checksum,
+)
+from antefix.store_files.record_header import RecordHeader, plain_record, sealed_part, unpack_record_header
 from antefix.store_files.seal import Seals
 
 # The largest range of one read. Larger ranges lose more when a read breaks off; smaller ranges need more requests.
@@ -58,13 +64,14 @@ class ObjectReadCounters:
 class ObjectWanted:
     """A record to read.  into: gives the buffer for its payload, once the length is known.
 
-    header: set when the header has been read. problem: why a check failed; empty if no check has failed.
+    is_good: whether the record was read and passed all checks. problem: why a check failed; empty if no check has
+    failed.
     """
 
     hash: bytes
     place: Place
     into: Callable[[int], memoryview]
-    header: RecordHeader | None = None
+    is_good: bool = False
     sealed: bytes = b""
     problem: str = ""
 
@@ -73,7 +80,7 @@ def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
     """Group records into ranges that are read with one request: records near each other in one segment, in ranges that
     are not too large.
     """
-    order = sorted(wanted, key=lambda each: (each.place.segment.name, each.place.offset))
+    order = sorted(wanted, key=lambda each: (each.place.segment.created_ms, each.place.segment.id, each.place.offset))
     found: list[list[ObjectWanted]] = []
     for want in order:
         last = found[-1] if found else []
@@ -129,7 +136,7 @@ class ObjectReads:
                 await self._take_in_thread(kind, wanted, source, fingerprint, tenant)
         except (Unavailable, TimeoutError):
             self.counters.num_broken_ranges += 1
-            return [want for want in wanted if want.header is None and not want.problem]
+            return [want for want in wanted if not want.is_good and not want.problem]
         self.counters.num_direct_ranges += 1
         self._count(stop - start)
         return []
@@ -194,37 +201,48 @@ class ObjectReads:
         """Check one record and copy its payload.  Raises:  BlockCorrupt, ValueError: a check failed.  Unavailable."""
         place = want.place
         head = bytes(record.take(RECORD_HEADER_BYTES))
-        header = unpack_record_header(head, place.segment.seed)
-        found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
-        if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
-            raise BlockCorrupt("the record in the object store is not the one that the index names")
-        into = want.into(header.payload_bytes)
-        if into.nbytes != header.payload_bytes:
-            raise BlockCorrupt(
-                f"the record's payload has {header.payload_bytes} bytes, but {into.nbytes} were expected"
-            )
-        is_plain = header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED
-        if is_plain and header.stored_bytes != header.payload_bytes:
-            raise BlockCorrupt("a raw payload of another length than its header says")
-        if is_plain:
+        plain = plain_record(
+            head,
+            place.segment.seed,
+            kind=kind,
+            block_hash=want.hash,
+            fingerprint=fingerprint,
+            segment=SEGMENT_NUMBER,
+            offset=place.offset,
+        )
+        if plain is not None and extent_bytes(plain[0]) == place.extent_bytes:
+            payload_bytes, checksum = plain
+            stored = into = _buffer(want, payload_bytes)
             record.fill(into)
-            stored = into
+            # With seals, a plain payload is checked by its seal alone, which proves more than a checksum.
+            if self._seals is None:
+                _check_sum(stored, checksum)
         else:
+            header = self._header(kind, want, head, fingerprint)
+            into, checksum = _buffer(want, header.payload_bytes), header.payload_checksum
             stored = record.take(header.stored_bytes)
-        # A raw, unencrypted payload is checked by its seal alone, which proves more than a checksum.
-        if self._seals is None or not is_plain:
-            _check_sum(header, stored)
-        if not is_plain:
+            _check_sum(stored, checksum)
             self._decode(header, stored, into)
         sealed = sealed_part(head)
         if self._seals is not None and not self._seals.fits(
             sealed, into, kind=kind, block_hash=want.hash, fingerprint=fingerprint, tenant=tenant
         ):
             # Check the checksum first, so that damage in transit is not reported as a forgery.
-            _check_sum(header, stored)
+            _check_sum(stored, checksum)
             self._seals.num_broken += 1
             raise BlockCorrupt("the record was not sealed by this deployment")
-        want.header, want.sealed = header, sealed
+        want.is_good, want.sealed = True, sealed
+
+    def _header(self, kind: RecordKind, want: ObjectWanted, head: bytes, fingerprint: bytes) -> RecordHeader:
+        """The header of an encoded record.  Raises:  BlockCorrupt: another record's, or not an encoded record's."""
+        place = want.place
+        header = unpack_record_header(head, place.segment.seed)
+        found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
+        if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
+            raise BlockCorrupt("the record in the object store is not the one that the index names")
+        if header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED:
+            raise BlockCorrupt("a raw payload of another length than its header says")
+        return header
 
     def _decode(self, header: RecordHeader, stored: memoryview, into: memoryview) -> None:
         body: Buffer = stored
@@ -257,7 +275,15 @@ class _RecordBytes:
         self._source.skip(self._nbytes_left)
 
 
-def _check_sum(header: RecordHeader, stored: memoryview) -> None:
+def _buffer(want: ObjectWanted, payload_bytes: int) -> memoryview:
+    """The memory for the record's payload.  Raises:  BlockCorrupt: the memory has another size."""
+    into = want.into(payload_bytes)
+    if into.nbytes != payload_bytes:
+        raise BlockCorrupt(f"the record's payload has {payload_bytes} bytes, but {into.nbytes} were expected")
+    return into
+
+
+def _check_sum(stored: memoryview, checksum: bytes) -> None:
     """Raises:  BlockCorrupt: the bytes do not have the header's checksum."""
-    if payload_checksum(stored) != header.payload_checksum:
+    if payload_checksum(stored) != checksum:
         raise BlockCorrupt("a wrong checksum")

@@ -128,7 +128,7 @@ class ObjectTier:
         left = wanted
         for is_last in (False, True):
             await self._read_ranges(kind, left, fingerprint, tenant)
-            left = [want for want in left if want.header is None]
+            left = [want for want in left if not want.is_good]
             if not left or is_last:
                 break
             # What was cut or flipped on its way is right the second time; a segment that is gone may have a double.
@@ -138,7 +138,7 @@ class ObjectTier:
             left = [want for want, place in zip(left, places, strict=True) if place is not None]
             self.counters.num_read_again += len(left)
         self._note_bad(wanted)
-        num_good = next((number for number, want in enumerate(wanted) if want.header is None), len(wanted))
+        num_good = next((number for number, want in enumerate(wanted) if not want.is_good), len(wanted))
         return wanted[:num_good]
 
     async def _read_ranges(
@@ -166,7 +166,7 @@ class ObjectTier:
 
     def _note_bad(self, wanted: Sequence[ObjectWanted]) -> None:
         for want in wanted:
-            if want.header is None and want.problem:
+            if not want.is_good and want.problem:
                 self.counters.num_bad += 1
                 log.warning(
                     "%s: %s at %d: %s", self.bucket.url, want.place.segment.name, want.place.offset, want.problem

@@ -41,6 +41,12 @@ def parse_address(address: str) -> tuple[str, int]:
             raise ConfigError(f"address {address!r:.200}: {err!s:.200}") from err
     elif any(character.isspace() or character in "/@?#[]" for character in host):
         raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r:.200}")
+    elif not (host.isascii() and all(0 < len(label) < 64 for label in host.removesuffix(".").split("."))):
+        try:
+            # Python's own look-ups encode names in this way, and would raise this error, which is no OSError.
+            host.encode("idna")
+        except UnicodeError as err:
+            raise ConfigError(f"address {address!r:.200}: {err!s:.200}") from err
     return host, number
 
 

@@ -48,7 +48,7 @@ class PageCache:
         """`held`, completed by which of its records are in the page cache, as far as this process may know."""
         if self._mincore is None or not (held.spans or held.checkpoints):
             return held
-        stretches = list(_stretches(held))
+        stretches = _stretches(held)
         blocks = [chain[(start + stop) // 2] for start, stop in stretches]
         # The last ones are the likeliest to be read.
         counts = held.checkpoints[-NUM_SAMPLES:]
@@ -101,12 +101,15 @@ class PageCache:
             ]
 
 
-def _stretches(held: Held) -> Iterable[tuple[int, int]]:
-    """The held blocks, cut into at most about NUM_SAMPLES stretches. The middle block of each stretch is sampled."""
+def _stretches(held: Held) -> Sequence[tuple[int, int]]:
+    """The held blocks, cut into at most about NUM_SAMPLES stretches. The middle block of each stretch is sampled.
+
+    If the blocks lie in more spans than that, only some spans are sampled, and the others count as not cached.
+    """
     length = max(1, -(-held.num_blocks // NUM_SAMPLES))
-    for start, stop in held.spans:
-        for first in range(start, stop, length):
-            yield first, min(first + length, stop)
+    found = [(first, min(first + length, stop)) for start, stop in held.spans for first in range(start, stop, length)]
+    # Up to twice NUM_SAMPLES: each span may end with a short stretch.
+    return found[:: -(-len(found) // (2 * NUM_SAMPLES)) or 1]
 
 
 def _joined(stretches: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

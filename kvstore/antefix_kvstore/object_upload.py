@@ -161,11 +161,13 @@ class ObjectUploader:
 
     async def _work(self) -> None:
         self._loop = asyncio.get_running_loop()
-        pause_s = self._step_s
+        pause_s, has_recalled = self._step_s, False
         try:
-            self.recall()
             while not await self._stopped_within(pause_s):
                 try:
+                    if not has_recalled:
+                        self.recall()
+                        has_recalled = True
                     await self.step()
                     pause_s = self._step_s
                 except Exception as err:

@@ -144,15 +144,19 @@ class StorageEngine:
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
         announce_log(Path(config.dir), config.usage_log_dir)
         try:
-            self.space.reserve.hold()
-            if self._usage_log is not None:
-                log_newest(self.segments, self._usage_log)
-            load_plans(self.index, self.compression)
-            if keys is not None:
-                drop_locked(self.index, self.space, keys)
+            self._prepare(keys)
         except BaseException:
             self.abandon()
             raise
+
+    def _prepare(self, keys: KeyRing | None) -> None:
+        """What is done once (`antefix_kvstore.opening`), before the engine serves anybody."""
+        self.space.reserve.hold()
+        if self._usage_log is not None:
+            log_newest(self.segments, self._usage_log)
+        load_plans(self.index, self.compression)
+        if keys is not None:
+            drop_locked(self.index, self.space, keys)
 
     @property
     def is_open(self) -> bool:

@@ -7,61 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from antefix.errors import Unavailable
 from antefix.layout import KVFormat
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
-from antefix.sampling import Sampling
 from antefix.usage import tiers_of_text
 from antefix_billing.ledger_files import read_settled
 from antefix_console.bare_model import Reference
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.objects.s3_server import BUCKET, environment, s3_server
+from tests.objects.whole_answers import ask, until_uploaded, wipe_disks
 from tests.small_worker_model import small_worker_model
-from tests.waiting import AT_MOST_S
 
 pytestmark = [pytest.mark.s3, pytest.mark.services]
 DOCUMENT = np.frombuffer((Path(__file__).parents[2] / "LICENSE").read_bytes()[:2500], np.uint8).astype(np.uint32)
 NUM_TOKENS = 1900
 POOL = ("--pool-bytes", "64M")
-
-
-async def ask(deployment: Deployment, prompt: np.ndarray) -> list[int]:
-    """The output of a request, which is repeated until the router has found the restarted workers."""
-    async with asyncio.timeout(AT_MOST_S):
-        while True:
-            try:
-                sampling, output = Sampling(max_tokens=8), []
-                async for message in deployment.router.generate(prompt, sampling):
-                    output += [int(token) for token in message.tokens]
-                return output
-            except Unavailable:
-                await asyncio.sleep(0.5)
-
-
-async def until_uploaded(url: str, num_blocks: int) -> None:
-    catalog = Catalog(open_bucket(url))
-    async with asyncio.timeout(AT_MOST_S):
-        while catalog.num_records < num_blocks:
-            await asyncio.sleep(0.2)
-            await catalog.refresh()
-    await catalog.bucket.close()
-
-
-async def wipe_disks(deployment: Deployment) -> None:
-    """Wipe the store's disk, and restart everything except the router, so that nothing is in memory either."""
-    for path in deployment.config.store_dir.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for process in [each for each in deployment.processes if each.role != "router"]:
-        await deployment.kill(process)
-        await deployment.restart(process)
 
 
 async def test_hits_come_from_s3_when_every_disk_is_wiped_and_a_purge_empties_it(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from antefix.errors import ConfigError, Unavailable
@@ -90,6 +91,26 @@ async def test_a_service_uploads_and_stops_by_itself(tmp_path: Path) -> None:
         uploader.stop()
         assert uploader.counters.num_failures == 0
     assert await num_in_tier(tmp_path) == 40
+
+
+async def test_an_index_that_cannot_be_read_at_the_start_does_not_end_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with uploading(tmp_path, object_upload=("all",), object_wait_s=0.0) as (engine, _):
+        uploader = ObjectUploader(engine, step_s=0.01)
+        recalled: list[int] = []
+
+        def recall() -> None:
+            recalled.append(len(recalled))
+            if len(recalled) == 1:
+                raise lmdb.CorruptedError("a page is damaged")
+
+        monkeypatch.setattr(uploader, "recall", recall)
+        uploader.start()
+        engine.put(PROMPT.blocks(5))
+        await until(lambda: uploader.counters.num_uploaded >= 5)
+        uploader.stop()
+        assert recalled == [0, 1] and uploader.counters.num_failures == 1
 
 
 async def test_what_is_pinned_goes_up_also_after_a_restart(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ def test_what_others_reach_needs_tls_and_the_error_says_what_to_do(address):
         "2130706433:0",
         "0x7f000001:0",
         "256.0.0.1:0",
+        "a..b:0",
+        ".example:0",
+        f"{'a' * 64}.example:0",
     ],
 )
 def test_what_is_no_address_is_refused(address):
@@ -65,6 +68,9 @@ def test_an_address_of_another_host_is_not_called_a_port_in_use(host):
 
 def test_an_address_is_taken_apart():
     assert parse_address("worker1.example:7002") == ("worker1.example", 7002)
+    assert parse_address("_worker-1.example.:7002") == ("_worker-1.example.", 7002)
+    assert parse_address("bücher.example:7002") == ("bücher.example", 7002)
+    assert parse_address(f"{'a' * 63}.example:7002")[1] == 7002
     assert parse_address("[::1]:7002") == ("[::1]", 7002)
     assert parse_address("unix:/tmp/x") == ("unix:/tmp/x", 0)
     assert is_loopback("localhost") and not is_loopback("::")

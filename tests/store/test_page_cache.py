@@ -80,6 +80,15 @@ async def test_a_long_prompt_costs_no_more_samples(tmp_path, first_half_cached, 
         assert engine.reader.page_cache.num_sampled == 4
 
 
+@pytest.mark.parametrize("num_spans", [0, 1, 15, 16, 17, 40, 4000])
+def test_blocks_in_many_spans_cost_no_more_samples(num_spans):
+    """A store may hold every second block of a long chain."""
+    spans = tuple((start, start + 1) for start in range(0, 2 * num_spans, 2))
+    sampled = page_cache._stretches(Held(spans=spans))
+    assert set(sampled) <= set(spans) and len(sampled) <= 2 * page_cache.NUM_SAMPLES
+    assert len(sampled) == num_spans or num_spans > page_cache.NUM_SAMPLES
+
+
 async def test_the_kernel_is_asked_and_nothing_is_loaded(tmp_path, monkeypatch):
     """Uses a real disk, because a file in memory is always in the page cache."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:

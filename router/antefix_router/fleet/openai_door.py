@@ -79,7 +79,7 @@ class OpenAIDoor:
         return tuple(
             ServedModel(
                 name=each["id"],
-                num_tokens_max=int(each.get("max_model_len") or 0),
+                num_tokens_max=_length(each.get("max_model_len")),
                 is_adapter=bool(each.get("parent")),
             )
             for each in found
@@ -191,5 +191,11 @@ def _errors(address: str) -> Any:
         raise Unavailable(f"{address}: {type(err).__name__}: {err}") from err
     except TimeoutError as err:
         raise DeadlineExceeded(f"{address} took too long") from err
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise Unavailable(f"{address} did not answer with JSON: {err}") from err
+
+
+def _length(value: object) -> int:
+    """The length of a model's context; 0 if the worker does not say one that can be used."""
+    number = whole_number(value) if isinstance(value, str) else value
+    return number if type(number) is int and number > 0 else 0
