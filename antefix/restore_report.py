@@ -34,9 +34,14 @@ class RestoreReport:
     store_errors: int = 0
     write_error: str = ""
 
-    def usage(self, prompt_tokens: int) -> Usage:
-        """The billed usage of a prompt of `prompt_tokens` tokens."""
+    def usage(
+        self, prompt_tokens: int, *, output_tokens: int = 0, reasoning_tokens: int = 0, ttft_us: int = 0
+    ) -> Usage:
+        """The billed usage of a prompt of `prompt_tokens` tokens and its output."""
         return Usage(
+            output_tokens=output_tokens,
+            reasoning_tokens=reasoning_tokens,
+            ttft_us=ttft_us,
             prompt_tokens=prompt_tokens,
             cache_hit_tokens=self.hit_tokens,
             hit_memory_tokens=self.hit_memory_tokens,

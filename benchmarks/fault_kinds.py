@@ -14,6 +14,7 @@ from pathlib import Path
 
 from antefix_console.deployment import RoleProcess
 from benchmarks.fault_links import LinkedDeployment
+from tests.redis_servers import RedisServer
 
 Fault = Callable[[LinkedDeployment, random.Random], contextlib.AbstractAsyncContextManager[None]]
 
@@ -194,6 +195,41 @@ def clock(shift: str) -> Fault:
     return fault
 
 
+@contextlib.asynccontextmanager
+async def redis_wiped(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+    """All that Redis held is gone, while it continues to serve."""
+    await asyncio.to_thread(redis_of(deployment).ask, "FLUSHALL")
+    yield
+
+
+@contextlib.asynccontextmanager
+async def redis_stopped(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+    process = redis_of(deployment).process
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+        await asyncio.sleep(LASTS_S)
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def redis_killed(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+    """Redis is killed, and later started again with nothing in it."""
+    redis = redis_of(deployment)
+    redis.kill()
+    try:
+        yield
+        await asyncio.sleep(LASTS_S)
+    finally:
+        await asyncio.to_thread(redis.start)
+
+
+def redis_of(deployment: LinkedDeployment) -> RedisServer:
+    assert deployment.redis is not None
+    return deployment.redis
+
+
 def clock_file(data_dir: Path) -> Path:
     return data_dir.parent / "clock"
 
@@ -217,3 +253,8 @@ MORE_FAULTS: dict[str, Fault] = {
     **{f"read-only {part}": read_only(part) for part in ("store", "ledger")},
 }
 CLOCK_FAULTS: dict[str, Fault] = {"clock +400 days": clock("+400d"), "clock -400 days": clock("-400d")}
+REDIS_FAULTS: dict[str, Fault] = {
+    "redis wiped": redis_wiped,
+    "redis stopped": redis_stopped,
+    "redis killed": redis_killed,
+}

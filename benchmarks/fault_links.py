@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
+from tests.redis_servers import RedisServer
 
 _PIECE = 65536
 
@@ -73,8 +74,10 @@ class LinkedDeployment(Deployment):
     elsewhere.
     """
 
-    def __init__(self, config: DeploymentConfig) -> None:
+    def __init__(self, config: DeploymentConfig, redis: RedisServer | None = None) -> None:
+        """redis: the server that the services use, which faults can stop and wipe."""
         super().__init__(config)
+        self.redis = redis
         self.links: dict[str, Link] = {}
         self._numbers_of = itertools.count()
 

@@ -4,13 +4,15 @@
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under as much load as two cores can take
+    python -m benchmarks.faults --redis --trace                  # Redis has checkpoints and the bill; agents' prompts
 
 The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
-conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
-all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
-an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
-sent after the beginning is answered. This recovery time should be compared with the time of an undisturbed request. At
-the end the ledger must have one record for each request, in which hit tokens plus miss tokens equal the prompt.
+conversations that continue and repeat earlier prompts, or the conversations of an agents' trace. Faults happen one
+after the other. --seed fixes their order and all prompts. Each answer is compared with a run of the bare model, without
+store and without faults. A request without an answer must get a clear error. A fault's recovery is the time from the
+fault's beginning until a request that was sent after the beginning is answered. This recovery time should be compared
+with the time of an undisturbed request. At the end the ledger must have one record for each request, in which hit
+tokens plus miss tokens equal the prompt.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
+import json
 import os
 import random
 import statistics
@@ -38,13 +42,16 @@ from antefix.clients import RouterClient
 from antefix.errors import AntefixError, InternalError
 from antefix.layout import KVFormat
 from antefix.sampling import Sampling
+from antefix.window_pool import DISK
 from antefix_billing.ledger_files import read_settled
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import DeploymentConfig
 from antefix_console.supervise import Supervisor
-from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, Fault, clock_file
+from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, REDIS_FAULTS, Fault, clock_file
 from benchmarks.fault_links import LinkedDeployment
 from benchmarks.run_record import write
+from benchmarks.soak import playable
+from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -54,6 +61,8 @@ Tokens = npt.NDArray[np.uint32]
 STUCK_S = 60.0
 RECOVERY_S_MAX = 120.0
 SETTLE_S = 1.0
+# Longest prompt that is taken from a trace, so that two cores answer it within a second.
+TRACE_TOKENS_MAX = 900
 
 
 @dataclass(slots=True)
@@ -74,15 +83,21 @@ class Tally:
 class Campaign:
     """One run over one deployment."""
 
-    def __init__(self, args: argparse.Namespace, deployment: LinkedDeployment, faults: dict[str, Fault]) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        deployment: LinkedDeployment,
+        faults: dict[str, Fault],
+        prompts: Iterator[Tokens],
+    ) -> None:
         self.args, self.deployment, self.faults = args, deployment, faults
         self.tally = Tally()
         self.rng = random.Random(args.seed)
         self.reference = Reference(MODEL, KVFormat.FP8)
-        self._computing = asyncio.Lock()
-        self._expected: dict[bytes, list[int]] = {}
-        self._ids = iter(f"fault-{args.seed}-{number}" for number in range(1 << 30))
-        self.prompts = conversations(random.Random(args.seed + 1))
+        self._answers: list[tuple[Tokens, list[int]]] = []
+        # While the bill's Redis is away, routers refuse ids that they do not know, which is no failure to recover.
+        self._ids = iter("" if args.redis else f"fault-{args.seed}-{number}" for number in range(1 << 30))
+        self.prompts = prompts
 
     async def run(self) -> None:
         """Run all faults --rounds times, each round in a different order. None begins after --minutes."""
@@ -139,21 +154,22 @@ class Campaign:
             self.tally.errors[type(err).__name__] += 1
             self.tally.num_unclear += isinstance(err, InternalError)
             return None
-        answered_at = time.monotonic()
-        expected = await self._expect(prompt)
-        self.tally.num_checked += 1
-        if output != expected:
-            self.tally.num_wrong += 1
-            self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": expected})
-        return answered_at
+        self._answers.append((prompt, output))
+        return time.monotonic()
 
-    async def _expect(self, prompt: Tokens) -> list[int]:
-        key = prompt.tobytes()
-        async with self._computing:
-            if key not in self._expected:
-                generate = self.reference.generate
-                self._expected[key] = await asyncio.to_thread(generate, prompt, self.args.max_tokens)
-        return self._expected[key]
+    def check(self) -> None:
+        """Compare all answers with runs of the bare model. This comes last, because the runs would take processor time
+        from the deployment, and clients would wait for them.
+        """
+        known: dict[bytes, list[int]] = {}
+        for prompt, output in self._answers:
+            key = prompt.tobytes()
+            if key not in known:
+                known[key] = self.reference.generate(prompt, self.args.max_tokens)
+            self.tally.num_checked += 1
+            if output != known[key]:
+                self.tally.num_wrong += 1
+                self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": known[key]})
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
@@ -173,6 +189,12 @@ def conversations(rng: random.Random) -> Iterator[Tokens]:
         yield prompt
 
 
+def from_trace(path: Path, rng: random.Random) -> Iterator[Tokens]:
+    """The conversations of an agents' trace, one after the other."""
+    for prompts in playable(path, rng):
+        yield from (prompt for prompt in prompts if len(prompt) <= TRACE_TOKENS_MAX)
+
+
 def bill(ledger_dir: Path) -> dict[str, int]:
     """Errors in the ledger: requests that have two records, or whose counts do not add up."""
     records = [settled.record for settled in read_settled(ledger_dir)]
@@ -187,23 +209,13 @@ def bill(ledger_dir: Path) -> dict[str, int]:
 
 
 def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[str, Any]:
+    """What a run counted and timed. `joined` adds the report of another run, and `summed_up` makes the percentiles."""
     tally = campaign.tally
-    rows = {
-        name: {
-            "times": len(found),
-            "recovery_p50_s": round(statistics.median(found), 2),
-            "recovery_p99_s": round(float(np.quantile(found, 0.99)), 2),
-            "recovery_max_s": round(max(found), 2),
-        }
-        for name, found in sorted(tally.recovery_s.items())
-    }
-    every = [seconds for found in tally.recovery_s.values() for seconds in found]
     return {
         "seed": campaign.args.seed,
         "minutes": round(minutes, 1),
         "clients": campaign.args.clients,
-        "answers_per_s": round(tally.num_checked / max(60 * minutes, 1e-9), 2),
-        "faults": len(every) + len(tally.not_recovered),
+        "faults": sum(map(len, tally.recovery_s.values())) + len(tally.not_recovered),
         "answers_checked": tally.num_checked,
         "wrong": tally.num_wrong,
         "stuck": tally.num_stuck,
@@ -212,22 +224,89 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
         "not_recovered": tally.not_recovered,
         "restarts": supervisor.num_restarts,
         "manual_steps": 0,
-        "undisturbed_p50_s": round(statistics.median(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
-        "undisturbed_max_s": round(max(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
-        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
-        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
-        "by_fault": rows,
+        "undisturbed_s": [round(seconds, 2) for seconds in tally.undisturbed_s],
+        "recovery_s": {name: [round(each, 2) for each in found] for name, found in tally.recovery_s.items()},
         "bill": bill(campaign.deployment.config.ledger_dir),
         "wrong_answers": tally.wrong[:3],
     }
 
 
+def joined(before: Any, now: Any) -> Any:
+    """The sum of two reports, field by field: numbers are added, lists are put together."""
+    if isinstance(now, dict):
+        return {
+            name: joined(before[name], now[name]) if name in before and name in now else (before | now)[name]
+            for name in before | now
+        }
+    return before + now
+
+
+def summed_up(found: dict[str, Any]) -> dict[str, Any]:
+    """A report with its percentiles."""
+    every = [seconds for times in found["recovery_s"].values() for seconds in times]
+    return {
+        **found,
+        "answers_per_s": round(found["answers_checked"] / max(60 * found["minutes"], 1e-9), 2),
+        "undisturbed_p50_s": round(statistics.median(found["undisturbed_s"]), 2) if found["undisturbed_s"] else None,
+        "undisturbed_max_s": max(found["undisturbed_s"], default=None),
+        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
+        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
+        "by_fault": {
+            name: {
+                "times": len(times),
+                "recovery_p50_s": round(statistics.median(times), 2),
+                "recovery_p99_s": round(float(np.quantile(times, 0.99)), 2),
+                "recovery_max_s": max(times),
+            }
+            for name, times in sorted(found["recovery_s"].items())
+        },
+    }
+
+
+def earlier(file: Path | None, num_clients: int) -> dict[str, Any] | None:
+    """The runs that the file has already.
+
+    Raises:  SystemExit: these runs had another number of clients, so their times cannot be compared.
+    """
+    if file is None or not file.exists():
+        return None
+    before: dict[str, Any] = json.loads(file.read_text())
+    if before["clients"] != num_clients:
+        raise SystemExit(f"{file} has runs with {before['clients']} clients, not {num_clients}")
+    return before
+
+
+def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The report together with those of earlier runs, which are listed under "runs"."""
+    about_it = {name: before[name] for name in ("commit", "date", "machine", "command", "seed", "minutes")}
+    once = {name: found[name] for name in ("seed", "clients")}
+    sums = joined(
+        {name: before[name] for name in found if name not in once},
+        {name: found[name] for name in found if name not in once},
+    )
+    return {**once, **sums, "minutes": round(sums["minutes"], 1), "runs": [*before.get("runs", []), about_it]}
+
+
 async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
+    known |= REDIS_FAULTS if args.redis else {}
+    redis = RedisServer(scratch) if args.redis else None
+    rng = random.Random(args.seed + 1)
+    prompts = from_trace(args.trace, rng) if args.trace else conversations(rng)
+    # Reading the trace takes seconds, in which the proxies of this process would pass nothing on.
+    prompts = itertools.chain([next(prompts)], prompts)
     faults = {name: fault for name, fault in known.items() if args.only in name}
     pool = ("--pool-bytes", "64M")
-    flags = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
-    config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", num_decode=2, extra_flags=flags, grace_s=10)
+    flags: dict[str, tuple[str, ...]] = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
+    config = DeploymentConfig(
+        model=MODEL,
+        data_dir=scratch / "data",
+        num_decode=2,
+        extra_flags=flags,
+        grace_s=10,
+        window_pool=redis.url if redis else DISK,
+        bill_redis=redis.url if redis else "",
+    )
     if args.faketime:
         clock_file(config.data_dir).write_text("+0")
         # All roles get the same clock steps; only this process keeps the true clock.
@@ -237,11 +316,13 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
-    deployment = LinkedDeployment(config)
+    deployment = LinkedDeployment(config, redis)
     supervisor = Supervisor(deployment, lambda text: print(text, file=sys.stderr, flush=True))
     try:
+        if redis is not None:
+            await asyncio.to_thread(redis.start)
         await deployment.start()
-        run, begun = Campaign(args, deployment, faults), time.monotonic()
+        run, begun = Campaign(args, deployment, faults, prompts), time.monotonic()
         supervising = asyncio.create_task(supervisor.run())
         running = asyncio.create_task(run.run())
         await asyncio.wait({supervising, running}, return_when=asyncio.FIRST_COMPLETED)
@@ -251,11 +332,15 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for err in ended:
             if isinstance(err, Exception):
                 run.tally.not_recovered.append(repr(err))
+        minutes = (time.monotonic() - begun) / 60
         await deployment.stop()
-        return report(run, supervisor, (time.monotonic() - begun) / 60)
+        await asyncio.to_thread(run.check)
+        return report(run, supervisor, minutes)
     finally:
         await deployment.stop()
         await deployment.close_links()
+        if redis is not None:
+            redis.kill()
 
 
 @contextlib.contextmanager
@@ -297,10 +382,19 @@ def main() -> int:
         action="store_true",
         help="also move the clocks of the services forward and back (with libfaketime)",
     )
+    parser.add_argument(
+        "--redis", action="store_true", help="keep checkpoints and the bill in a Redis server, which fails as well"
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="play the conversations of this agents' trace (Claude Code's format)"
+    )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="add to what --json has already, such as another seed's run")
     args = parser.parse_args()
+    before = earlier(args.json, args.clients) if args.add else None
     with tempfile.TemporaryDirectory(prefix="antefix-faults-") as scratch, small_disk(args.small_disk, Path(scratch)):
         result = asyncio.run(campaign(args, Path(scratch)))
+    result = summed_up(result if before is None else added(before, result))
     if args.json:
         write(args.json, result, "grpcio", "torch")
     print(result)

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from antefix.clients import RouterClient
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
 from antefix.sampling import Sampling
+from antefix.store.remote_store import RemoteStore
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load
 from benchmarks.run_record import about
 from benchmarks.soak_samples import Samples, disk_mb, num_threads
+from tests.kvstore.small_store import BLOCK, Prompt
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -49,6 +52,9 @@ Tokens = npt.NDArray[np.uint32]
 
 # Tokens of the system prompt that all conversations share, and of the longest prompt. Two cores need too long for more.
 SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
+# A burst's prompts are shorter, so that the whole burst ends within the time limit.
+BURST_TOKENS_MAX = 600
+FILLER_BLOCKS, FILLER_BYTES = 16, 20_000
 STUCK_S = 180.0
 SAMPLE_S, SAVE_S = 10.0, 60.0
 RESTART_S = 3.0
@@ -111,8 +117,17 @@ class Soak:
             self.victims[role] = await self.worker(role)
         while len((await self.client.status()).workers) < 4:  # noqa: ASYNC110 - another process's state
             await asyncio.sleep(0.2)
+        if self.args.fill_store:
+            await self.fill()
         self.cpu_before_s = cpu_s(router)
         self.started = time.monotonic()
+
+    async def fill(self) -> None:
+        """Put blocks that nobody reads into the store until it has evicted some, so that it has its full size."""
+        async with contextlib.aclosing(RemoteStore(self.steady["kvstore"].address)) as store:
+            for number in range(2 * parse_byte_size(self.args.store_bytes) // (FILLER_BLOCKS * FILLER_BYTES) + 1):
+                prompt = Prompt([number] * BLOCK * FILLER_BLOCKS, payload_bytes=FILLER_BYTES)
+                await store.put(prompt.blocks())
 
     def shared(self) -> list[str]:
         return self.deployment._shared_flags()
@@ -133,11 +148,18 @@ class Soak:
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
         conversations = playable(self.args.trace, self.rng)
         try:
-            await asyncio.gather(*(self.play(conversations) for _ in range(self.args.clients)))
+            players = [self.play(conversations) for _ in range(self.args.clients)]
+            await asyncio.gather(*players, self.burst(playable(self.args.trace, random.Random(self.args.seed + 1))))
         finally:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+
+    async def burst(self, conversations: Iterator[list[Tokens]]) -> None:
+        """Send many requests at once, some times, so that pools of threads and files reach their full size early."""
+        short = (prompt[:BURST_TOKENS_MAX] for prompts in conversations for prompt in prompts[:1])
+        for _ in range(self.args.bursts):
+            await asyncio.gather(*(self.request(prompt, 1.0) for prompt in islice(short, self.args.burst_requests)))
 
     async def play(self, conversations: Iterator[list[Tokens]]) -> None:
         """One client: one conversation after the other, at its own pace."""
@@ -320,6 +342,8 @@ def main() -> int:
         default=0.15,
         help="share of requests of which several identical copies are sent at the same time",
     )
+    parser.add_argument("--bursts", type=int, default=0, help="bursts of requests at the start, one after the other")
+    parser.add_argument("--burst-requests", type=int, default=32, help="requests that a burst sends at once")
     parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that the client cancels early")
     parser.add_argument("--kill-every-s", type=float, default=90.0)
     parser.add_argument(
@@ -332,6 +356,7 @@ def main() -> int:
         "--pool-bytes", default="64M", help="size of each worker's block pool (small, so that the pool is full early)"
     )
     parser.add_argument("--store-bytes", default="128M", help="size of the store (small, so that the store evicts)")
+    parser.add_argument("--fill-store", action="store_true", help="fill the store before the first request")
     parser.add_argument("--ttl-divisor", type=float, default=1.0, help="number by which all times to live are divided")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)

@@ -8,6 +8,7 @@ or by no more than the scatter of the samples explains (three standard errors).
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ class Samples:
     # The number of threads per name, in the first sample and in the last. gRPC and Python's pools name their threads.
     threads_first: Counter[str] = field(default_factory=Counter)
     threads_last: Counter[str] = field(default_factory=Counter)
+    # The same for descriptors, per kind of what is open; the first sample is the first one after the warm-up.
+    files_first: Counter[str] = field(default_factory=Counter)
+    files_last: Counter[str] = field(default_factory=Counter)
 
     def add(self, at_s: float, **values: float) -> None:
         self.times_s.append(at_s)
@@ -96,6 +100,9 @@ class Samples:
             self.add(at_s, memory_mb=resident_mb(pid), files=open_files(pid), threads=num_threads(pid))
             self.threads_last = thread_names(pid)
             self.threads_first = self.threads_first or self.threads_last
+            self.files_last = file_kinds(pid)
+            if not self.files_first and at_s >= (self.warm_up_s or 0.0):
+                self.files_first = self.files_last
 
     @property
     def is_flat(self) -> bool:
@@ -110,9 +117,12 @@ class Samples:
                 "allowed": round(max(found.allowed, _ERRORS_MAX * found.error), 2),
                 "flat": found.is_flat,
                 "samples": [round(value, 1) for value in _every_minute(self.times_s, values)],
+                "minutes": [round(at_s / 60, 1) for at_s in _every_minute(self.times_s, self.times_s)],
             }
         if more := self.threads_last - self.threads_first:
             told["more_threads"] = dict(more)
+        if more := self.files_last - self.files_first:
+            told["more_files"] = dict(more)
         return told
 
 
@@ -145,6 +155,16 @@ def thread_names(pid: int) -> Counter[str]:
         with contextlib.suppress(OSError):
             names[(path / "comm").read_text().strip().rstrip("0123456789_-")] += 1
     return names
+
+
+def file_kinds(pid: int) -> Counter[str]:
+    """The number of descriptors per kind: a file's name without digits, or "socket", "pipe" and the like."""
+    kinds: Counter[str] = Counter()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(path.readlink())
+            kinds[re.sub(r"[0-9a-f]*[0-9]+[0-9a-f]*", "N", target.rpartition("/")[2])] += 1
+    return kinds
 
 
 def disk_mb(directory: Path) -> float:

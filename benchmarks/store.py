@@ -34,6 +34,7 @@ from antefix.layout import BlockLayout
 from antefix.record import Record, RecordKind
 from antefix.store.allocator import keep_large_buffers
 from antefix.store_files import codec
+from antefix.store_files.checked_copy import checked_reads, used_instead
 from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
@@ -41,7 +42,7 @@ from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.spread import over_neighbours, with_spread
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
-from benchmarks.store_payloads import blocks, layout_of
+from benchmarks.store_payloads import blocks, layout_of, pool_like
 from benchmarks.store_peers import MODULES, PEERS
 from benchmarks.store_remote import measure_remote
 from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
@@ -138,11 +139,13 @@ class Peer:
 def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Callable[[Path, Path], list[Peer]]) -> Found:
     """Measure the disk, the page cache, the store and the peers. Returns all measured bytes per second, by name."""
     names = chain(len(payloads))
-    into = np.zeros_like(payloads)
+    into = pool_like(payloads)
     views = [row.data for row in into]
     with_fio = has_fio()
     if not with_fio:
         tell("fio is not installed: durable puts and cold restores are held against Python's own writer and readers")
+    # Is loaded now, and not in the middle of a measurement.
+    checked_reads()
     source = directory / "payloads.bin"
     raw_write(source, payloads, BATCH_BLOCKS)
     found = Found(payloads.nbytes)
@@ -177,6 +180,8 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             for depth, count in WARM_READERS:
                 found.note(f"pread_{depth}x{count}", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count))
                 found.note("warm", seconds(restore))
+            with used_instead(None):
+                found.note("warm_uncompiled", seconds(restore))
             depth, count = WARM_READERS[-1]
             checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=xxhash.xxh3_128_digest)
             found.note(f"checked_{depth}x{count}", checked_s)
@@ -309,9 +314,11 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
         # The best reader may be fio or one of Python's readers.
         out |= with_spread("restore_over_best_reader", ratios(values, "restore", *readers, *direct))
     out |= with_spread("warm_ratio", ratios(values, "warm", *pread))
+    out |= with_spread("warm_uncompiled_ratio", ratios(values, "warm_uncompiled", *pread))
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
     checked = [name for name in values if name.startswith("checked_2")]
     out |= with_spread("warm_over_checked", ratios(values, "warm", *checked))
+    out |= with_spread("warm_uncompiled_over_checked", ratios(values, "warm_uncompiled", *checked))
     out |= with_spread("checked_ratio", ratios(values, checked[0], *pread))
     out |= with_spread("summed_ratio", ratios(values, "summed", *pread))
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")

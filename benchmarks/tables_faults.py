@@ -11,7 +11,7 @@ from benchmarks.tables import Row, table
 ROLES = ("router", "prefill", "decode", "kvstore", "antefix")
 
 
-_REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json")
+_REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json", "faults_redis.json")
 _CAMPAIGN = ("histories.json", *_REAL, "soak_short_ttls.json", "fuzz.json")
 
 
@@ -25,7 +25,7 @@ def campaign(records: Any) -> Iterable[Row]:
     """All runs with faults: the number of checks, the counts that must be 0, the recovery times, the inputs."""
     sums, soak, fuzz = (records[name] for name in ("histories.json", "soak_short_ttls.json", "fuzz.json"))
     sums, done, real = sums["sums"], soak["requests"], [records[name] for name in _REAL]
-    whats = ("also disks and clocks", "read-only mounts", "links, kills, files")
+    whats = ("also disks and clocks", "read-only mounts", "links, kills, files", "Redis")
     heads = (f"real processes: {what}, {_clients(each)}" for what, each in zip(whats, real, strict=True))
     yield "", "simulated histories", *heads, "load and kills, short TTLs", "wanted"
 
@@ -75,7 +75,7 @@ def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
     yield "", "at first", since, "at the end", f"rise {part} (0 is wanted)", "allowed", "flat"
     for role, kinds in record["growth"].items():
         for kind, found in kinds.items():
-            if kind == "more_threads":
+            if kind in ("more_threads", "more_files"):
                 continue
             said = kind.replace("memory_mb", "memory, MB").replace("disk_mb", "MB").replace("files", "descriptors")
             allowed = max(found["allowed"], allowed_rise(kind, found["half"]))

@@ -66,8 +66,8 @@ class Following:
             self._changed(known)
 
     def start(self) -> None:
-        """Start to repeat the look-up. Needs a running event loop."""
-        if self._task is None:
+        """Start to repeat the look-up. Needs a running event loop. Without sources there is nothing to repeat."""
+        if self._task is None and self._sources:
             self._task = keep_running(self._run, "the look-up of services")
 
     async def close(self) -> None:

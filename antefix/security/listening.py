@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 from typing import Final
@@ -13,6 +14,8 @@ UNIX: Final = "unix:"
 _WILDCARDS: Final = ("0.0.0.0", "::", "*")
 
 
+# Workers renew their leases every few seconds, always with the same addresses.
+@functools.lru_cache(1024)
 def parse_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port"; an IPv6 host keeps its brackets. unix:PATH is a host with port 0.
 

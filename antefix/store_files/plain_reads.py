@@ -3,16 +3,17 @@
 This reader makes every check of `read_runs`, but over arrays of headers. For a block of V4-Flash in the page cache,
 Python's work between two system calls costs as much as the checksum, because the other threads wait for Python's lock.
 Either all blocks pass the checks, or none counts as read. If a check fails, or if a record is compressed, encrypted or
-of version 1,
-`read_runs` reads the records one by one and says what is wrong.
+of version 1, `read_runs` reads the records one by one and says what is wrong.
+
+Blocks in the page cache are copied and hashed in one pass by machine code, where that is possible (`checked_copy.py`).
+All other blocks are read by preadv and then hashed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import Any, Final
@@ -22,6 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from antefix.record import RecordKind
+from antefix.store_files.checked_copy import DIGEST_BYTES, CheckedReads, Rows, reads_if_ready, rows_of
 from antefix.store_files.header_columns import HEADER
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.read_runs import records_per_run
@@ -45,6 +47,12 @@ Array = npt.NDArray[Any]
 
 # A header, preceded by room for the longest padding before it.
 _HEAD: Final = np.dtype([("padding", f"V{RECORD_ALIGN}"), ("header", HEADER)])
+# Fewer records than this are read just as fast one by one.
+_RECORDS_MIN: Final = 8
+# For fewer records, locating some while others are read saves less than starting twice.
+_LOCATED_LATER_MIN: Final = 256
+# Smaller restores end before machine code is quicker than what prepares it.
+_COMPILED_BYTES_MIN: Final = 1 << 20
 # Records with one of these flags are left to `read_runs`.
 _ODD_FLAGS: Final = int(RecordFlag.ENCRYPTED | RecordFlag.QUARANTINED)
 _SEALED: Final = int(RecordFlag.SEALED)
@@ -72,21 +80,20 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Adjacent blocks that one preadv reads.  parts: the buffers, for headers and payloads in alternation."""
+    """Adjacent blocks that one preadv reads.  parts: the buffers, for headers and payloads in alternation; empty: not
+    made yet, because machine code comes first.
+    """
 
     first: int
     end: int
     segment: int
-    offset: int
-    nbytes: int
-    parts: Sequence[memoryview]
-    payloads: Sequence[memoryview]
+    parts: Sequence[memoryview] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class PlainRead:
-    """The blocks to read, which are the leading ones of a request. checksums: those of the payloads read, by the run's
-    first block.
+    """The blocks to read, which are the leading ones of a request. checksums: room for those of the payloads that were
+    read.  rows: of `checked_copy`; None: machine code cannot read these blocks.  files: the open segments, by number.
     """
 
     places: Places
@@ -96,7 +103,10 @@ class PlainRead:
     tenant: bytes
     heads: bytearray
     runs: Sequence[Run]
-    checksums: dict[int, list[bytes]]
+    checksums: bytearray
+    compiled: CheckedReads | None
+    rows: Rows | None
+    files: dict[int, OpenFile]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -141,41 +151,58 @@ class PlainReads:
         values = [value for block_hash, (key, value) in zip(hashes, found, strict=False) if key == block_hash]
         places = _places_of(values, hashes, into, -1 if fingerprint_id is None else fingerprint_id, now_ms)
         num = len(places)
-        heads = bytearray(num * _HEAD.itemsize)
-        runs = list(_runs(places, memoryview(heads), into[:num], num_threads)) if num else []
-        return PlainRead(places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, {})
-
-    @contextlib.contextmanager
-    def opened(self, wanted: PlainRead) -> Iterator[Mapping[int, OpenFile]]:
-        """Open the segments, by number.  Raises:  OSError: a segment is gone."""
+        heads, checksums = bytearray(num * _HEAD.itemsize), bytearray(num * DIGEST_BYTES)
+        compiled, rows = reads_if_ready() if places.stored_bytes.sum() >= _COMPILED_BYTES_MIN else None, None
+        if compiled is not None:
+            header_at = np.arange(num) * _HEAD.itemsize + RECORD_ALIGN
+            rows = rows_of(places.offset, places.stored_bytes, into[:num], heads, header_at, checksums)
+        runs = list(_runs(places, num_threads)) if num else []
+        if rows is None:
+            runs = _with_parts(runs, places, memoryview(heads), into)
         files: dict[int, OpenFile] = {}
+        return PlainRead(
+            places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, checksums, compiled, rows, files
+        )
+
+    def num_first(self, hashes: Sequence[bytes]) -> int:
+        """How many of these blocks to locate before threads begin to read. The others are located meanwhile: machine
+        code does not hold Python's lock. Other threads would wait for it, so then all blocks are located first.
+        """
+        if len(hashes) < _RECORDS_MIN:
+            return 0
+        return len(hashes) if len(hashes) < _LOCATED_LATER_MIN or reads_if_ready() is None else len(hashes) // 4
+
+    def open(self, wanted: PlainRead) -> None:
+        """Open the segments.  Raises:  OSError: a segment is gone."""
         try:
             for segment in {run.segment for run in wanted.runs}:
-                files[segment] = self._files.borrow(segment)
-            yield files
-        finally:
-            for file in files.values():
-                self._files.give_back(file)
+                wanted.files[segment] = self._files.borrow(segment)
+        except OSError:
+            self.close(wanted)
+            raise
 
-    def read(self, wanted: PlainRead, files: Mapping[int, OpenFile], waiting: deque[Run]) -> bool:
+    def close(self, wanted: PlainRead) -> None:
+        while wanted.files:
+            self._files.give_back(wanted.files.popitem()[1])
+
+    def read(self, waiting: deque[tuple[PlainRead, Run]]) -> bool:
         """Read queued runs of blocks until none is left; other threads do the same. Returns False if a run of blocks
         cannot be read. The read data may be used only after `is_right` has checked all of it.
 
-        Between two preadv calls the reader does nothing else, for two reasons. The copied data pushes everything else
-        out of the core's caches. Hashing releases Python's lock, for which other threads wait.
+        Between two reads the reader does nothing else, for two reasons. The copied data pushes everything else out of
+        the core's caches. Hashing releases Python's lock, for which other threads wait.
         """
-        preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
+        seals = self._seals
         while waiting:
             try:
-                run = waiting.popleft()
+                wanted, run = waiting.popleft()
             except IndexError:
                 break
-            try:
-                if preadv(files[run.segment].fd, run.parts, run.offset) < run.nbytes:
-                    return False
-            except OSError:
+            fd, first = wanted.files[run.segment].fd, run.first
+            if wanted.compiled is not None and wanted.rows is not None:
+                first += wanted.compiled.read(fd, wanted.rows, first, run.end)
+            if first < run.end and not _read_then_hash(wanted, run, first, fd):
                 return False
-            checksums[run.first] = [digest(payload) for payload in run.payloads]
             if seals is not None and not all(self._is_sealed(seals, wanted, at) for at in range(run.first, run.end)):
                 return False
         return True
@@ -196,9 +223,8 @@ class PlainReads:
     def is_right(wanted: PlainRead, seed: int) -> bool:
         """Whether all blocks that were read pass every check. False says neither which block failed nor why."""
         heads = np.frombuffer(wanted.heads, _HEAD)["header"]
-        checksums = b"".join(b"".join(wanted.checksums[run.first]) for run in wanted.runs)
         return (
-            heads["payload_checksum"].tobytes() == checksums
+            heads["payload_checksum"].tobytes() == wanted.checksums
             and heads["hash"].tobytes() == b"".join(wanted.hashes)
             and heads["fingerprint"].tobytes() == wanted.fingerprint * len(wanted)
             and _lie_at(heads, wanted.places)
@@ -245,29 +271,53 @@ def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Arra
     return dict(zip(_NEEDED, columns, strict=True))
 
 
-def _runs(places: Places, heads: memoryview, into: Sequence[memoryview], num_threads: int) -> Iterator[Run]:
+def _runs(places: Places, num_threads: int) -> Iterator[Run]:
     """Cut the blocks into runs: at every gap, at the size limit of one preadv, and so that threads finish together."""
-    ends = places.offset + RECORD_HEADER_BYTES + places.stored_bytes
     padding = -places.stored_bytes % RECORD_ALIGN
-    is_gap = (places.offset[1:] != (ends + padding)[:-1]) | (places.segment[1:] != places.segment[:-1])
-    # The padding after a record is read together with the next record's header.
-    starts = np.arange(RECORD_ALIGN, len(heads), _HEAD.itemsize)
-    starts[1:] -= padding[:-1]
-    stops = range(_HEAD.itemsize, len(heads) + 1, _HEAD.itemsize)
-    parts = list(into) * 2
-    parts[::2] = [heads[start:stop] for start, stop in zip(starts.tolist(), stops, strict=True)]
-    parts[1::2] = into
+    following = places.offset + RECORD_HEADER_BYTES + places.stored_bytes + padding
+    is_gap = (places.offset[1:] != following[:-1]) | (places.segment[1:] != places.segment[:-1])
     step = records_per_run(len(places), num_threads, int(places.stored_bytes.max()))
     first = 0
     for gap in (*(np.flatnonzero(is_gap) + 1).tolist(), len(places)):
         for begin in range(first, gap, step):
-            end = min(begin + step, gap)
-            parts[2 * begin] = parts[2 * begin][-RECORD_HEADER_BYTES:]
-            offset = int(places.offset[begin])
-            nbytes = int(ends[end - 1]) - offset
-            of_run = parts[2 * begin : 2 * end]
-            yield Run(begin, end, int(places.segment[begin]), offset, nbytes, of_run, into[begin:end])
+            yield Run(begin, min(begin + step, gap), int(places.segment[begin]))
         first = gap
+
+
+def _with_parts(runs: Sequence[Run], places: Places, heads: memoryview, into: Sequence[memoryview]) -> list[Run]:
+    """The same runs with their buffers. Making all of them at once is faster."""
+    parts = _parts(places, heads, into, 0, len(places))
+    for run in runs:
+        # Padding is read with the header after it, so there is none before the first header.
+        parts[2 * run.first] = parts[2 * run.first][-RECORD_HEADER_BYTES:]
+    return [Run(run.first, run.end, run.segment, parts[2 * run.first : 2 * run.end]) for run in runs]
+
+
+def _parts(places: Places, heads: memoryview, into: Sequence[memoryview], first: int, end: int) -> list[memoryview]:
+    """The buffers of adjacent blocks: for the padding before each header and the header, then for the payload."""
+    starts = np.arange(first, end) * _HEAD.itemsize + RECORD_ALIGN
+    starts[1:] -= -places.stored_bytes[first : end - 1] % RECORD_ALIGN
+    stops = range((first + 1) * _HEAD.itemsize, end * _HEAD.itemsize + 1, _HEAD.itemsize)
+    parts = list(into[first:end]) * 2
+    parts[::2] = [heads[start:stop] for start, stop in zip(starts.tolist(), stops, strict=True)]
+    parts[1::2] = into[first:end]
+    return parts
+
+
+def _read_then_hash(wanted: PlainRead, run: Run, first: int, fd: int) -> bool:
+    """Read the blocks of a run from number `first` on, and then hash them. Returns whether all could be read."""
+    end, places = run.end, wanted.places
+    parts = run.parts or _parts(places, memoryview(wanted.heads), wanted.into, first, end)
+    offset = int(places.offset[first])
+    nbytes = int(places.offset[end - 1]) + RECORD_HEADER_BYTES + int(places.stored_bytes[end - 1]) - offset
+    try:
+        if os.preadv(fd, parts, offset) < nbytes:
+            return False
+    except OSError:
+        return False
+    checksums = b"".join(map(xxhash.xxh3_128_digest, wanted.into[first:end]))
+    wanted.checksums[first * DIGEST_BYTES : end * DIGEST_BYTES] = checksums
+    return True
 
 
 def _lie_at(heads: Array, places: Places) -> bool:

@@ -24,7 +24,7 @@ from antefix.own_files import read_small
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.page_cache import PageCache
-from antefix.store_files.plain_reads import PlainRead, PlainReads
+from antefix.store_files.plain_reads import PlainRead, PlainReads, Run
 from antefix.store_files.read_runs import (
     Decrypt,
     RunReader,
@@ -47,8 +47,6 @@ from antefix.store_files.seal import Seals
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
 READS_IN_FLIGHT: Final = max(2, min(16, usable_cores()))
 
-# Fewer records than this are read just as fast one by one.
-_PLAIN_RECORDS_MIN: Final = 8
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512
 
@@ -176,36 +174,61 @@ class StoreReader:
         if len(hashes) != len(into):
             raise InvalidRequest(f"{len(hashes)} hashes but {len(into)} buffers")
         self.runs.files.sweep()
-        plain = self._plain.locate(
-            hashes if len(hashes) >= _PLAIN_RECORDS_MIN else [],
-            into,
-            fingerprint=fingerprint,
-            tenant=tenant,
-            now_ms=self._clock_ms(),
-            num_threads=self._num_helpers + 1,
-        )
-        num_plain = len(plain) if self._is_read_plainly(plain) else 0
-        outcome = ReadOutcome(num_plain, plain.stored_bytes if num_plain else 0)
-        if num_plain < len(hashes):
-            rest = self._read_rest(hashes[num_plain:], into[num_plain:], fingerprint, tenant)
-            outcome = _joined([(0, outcome), (num_plain, rest)])
+        outcome = self._read_plainly(hashes, into, fingerprint, tenant)
+        if outcome.num_good < len(hashes):
+            done = outcome.num_good
+            rest = self._read_rest(hashes[done:], into[done:], fingerprint, tenant)
+            outcome = _joined([(0, outcome), (done, rest)])
         return outcome
 
-    def _is_read_plainly(self, plain: PlainRead) -> bool:
-        """Read these blocks in many threads. Returns whether all of the blocks were read and passed all checks."""
-        waiting, failed = deque(plain.runs), threading.Event()
+    def _read_plainly(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
+    ) -> ReadOutcome:
+        """Read leading blocks in many threads, in one part or two. A part counts as read if all of it passed all
+        checks.
+        """
+        located: list[PlainRead] = []
+        waiting: deque[tuple[PlainRead, Run]] = deque()
+        failed = threading.Event()
+
+        def locate(first: int, end: int) -> None:
+            part = self._plain.locate(
+                hashes[first:end],
+                into[first:end],
+                fingerprint=fingerprint,
+                tenant=tenant,
+                now_ms=self._clock_ms(),
+                num_threads=self._num_helpers + 1,
+            )
+            self._plain.open(part)
+            located.append(part)
+            waiting.extend((part, run) for run in part.runs)
 
         def work() -> None:
-            if not self._plain.read(plain, files, waiting):
+            if not self._plain.read(waiting):
                 failed.set()
                 waiting.clear()
 
+        def locate_rest() -> None:
+            if end and len(located[0]) == end < len(hashes):
+                locate(end, len(hashes))
+
         try:
-            with self._plain.opened(plain) as files:
-                self._with_helpers(work, len(waiting) - 1, waiting.clear)
+            end = self._plain.num_first(hashes)
+            locate(0, end)
+            self._with_helpers(work, len(waiting) - 1, waiting.clear, locate_rest)
         except OSError:
-            return False
-        return not failed.is_set() and self._plain.is_right(plain, self.seed)
+            failed.set()
+        finally:
+            for part in located:
+                self._plain.close(part)
+        outcome = ReadOutcome()
+        for part in () if failed.is_set() else located:
+            if not self._plain.is_right(part, self.seed):
+                break
+            outcome.num_good += len(part)
+            outcome.bytes_read += part.stored_bytes
+        return outcome
 
     def _read_rest(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
@@ -239,10 +262,20 @@ class StoreReader:
                 raise InvalidRequest(f"a buffer has {into[number].nbytes} bytes, its payload {nbytes}")
         return self.fill(located, lambda number, _: (into[number].cast("B"),))
 
-    def _with_helpers(self, work: Callable[[], None], num_helpers: int, stop: Callable[[], None]) -> None:
-        """Do `work` in this thread and at the same time in up to `num_helpers` others; `stop` makes all of them end."""
+    def _with_helpers(
+        self,
+        work: Callable[[], None],
+        num_helpers: int,
+        stop: Callable[[], None],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Do `work` in this thread and at the same time in up to `num_helpers` others; `stop` makes all of them end.
+
+        before: what this thread does first, while the others work already.
+        """
         helpers = [self._pool.submit(work) for _ in range(min(num_helpers, self._num_helpers))]
         try:
+            before()
             work()
             for helper in helpers:
                 # A helper that has not begun yet has nothing left to do.
@@ -251,7 +284,8 @@ class StoreReader:
         finally:
             # No thread may write to the caller's buffers after this returns, even after an error.
             stop()
-            wait([helper for helper in helpers if not helper.cancel()])
+            if helpers:
+                wait([helper for helper in helpers if not helper.cancel()])
 
     def read(
         self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes, tenant: bytes = b""

@@ -11,6 +11,7 @@ lock                        held by the one writer
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -61,6 +62,7 @@ class Settled:
     record: UsageRecord
 
 
+@functools.lru_cache(64)
 def segment_path(directory: Path, first_sequence: int) -> Path:
     return directory / f"usage-{first_sequence:012d}.ledger"
 

@@ -76,6 +76,7 @@ class LedgerIndex:
         an empty index is made.
         """
         self._directory = directory
+        self._path = directory / _DATA_FILE
         self._about = _VERSION.to_bytes(4, "little") + source
         self._file: PageFile | None = None
         put_aside(directory, stat.S_ISDIR)
@@ -149,7 +150,7 @@ class LedgerIndex:
     def close(self) -> None:
         """Store the index file's checksum, so that the next opening need not examine the whole index."""
         self._let_go()
-        path = self._directory / _DATA_FILE
+        path = self._path
         if path.exists():
             try:
                 (self._directory / _CLEAN_FILE).write_bytes(_sum_of(path))
@@ -157,7 +158,7 @@ class LedgerIndex:
                 log.warning("the ledger's index could not be marked as complete: %s; the next start checks it", err)
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
-        path = self._directory / _DATA_FILE
+        path = self._path
         nbytes = map_bytes_of(2 * (path.stat().st_size if path.exists() else 0) + _MAP_BYTES_MORE)
         with (
             lmdb_path(self._directory) as directory,
@@ -168,13 +169,12 @@ class LedgerIndex:
         self._let_go()
 
     def _opened(self) -> PageFile | None:
-        path = self._directory / _DATA_FILE
         if self._file is not None and self._file.is_replaced:
             self._let_go()
-            raise LedgerIndexDamaged(f"{path} is gone or was replaced")
-        if self._file is None and path.exists():
+            raise LedgerIndexDamaged(f"{self._path} is gone or was replaced")
+        if self._file is None and self._path.exists():
             try:
-                self._file = PageFile(path)
+                self._file = PageFile(self._path)
             except Unavailable as err:
                 raise LedgerIndexDamaged(str(err)) from err
         return self._file
@@ -216,7 +216,7 @@ class LedgerIndex:
 
     def _fault(self) -> str:
         """Why the existing index cannot be used; empty if it can be used, or if there is none."""
-        path = self._directory / _DATA_FILE
+        path = self._path
         clean = self._directory / _CLEAN_FILE
         verify: Callable[..., list[str]] = lmdb.verify.verify
         if not path.exists():

@@ -28,6 +28,7 @@ from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import AntefixError, ConfigError, Unavailable
 from antefix.host_limits import usable_cores
+from antefix.own_files import put_aside
 from antefix.private_file import DIRECTORY_MODE, FILE_MODE, open_private, write_private
 from antefix.secret import Keyring, create_secret_file
 from antefix.security import own_credentials
@@ -261,8 +262,10 @@ class Deployment:
         )
         # A router refuses to start over workers that cannot share KV, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
-        write_private(config.data_dir / ARITHMETIC_FILE, (await self.router.status()).arithmetic + "\n")
-        write_private(config.data_dir / DOOR_FILE, json.dumps(_door_settings(config)) + "\n")
+        arithmetic = (await self.router.status()).arithmetic
+        for name, text in ((ARITHMETIC_FILE, arithmetic), (DOOR_FILE, json.dumps(_door_settings(config)))):
+            put_aside(config.data_dir / name)
+            write_private(config.data_dir / name, text + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import secrets
 import stat
 from collections.abc import Callable
@@ -79,12 +80,14 @@ def put_aside_misplaced(directory: Path) -> None:
             f"{segments} is a link to a path that does not exist: mount that path, or remove the link to start with"
             " an empty store"
         )
-    for name in (STORE_FILE, CLEAN_FILE, RESERVE_FILE, GONE_FILE, USAGE_LOG_FILE):
+    present = set(os.listdir(directory))  # noqa: PTH208 - names, not paths
+    for name in present & {STORE_FILE, CLEAN_FILE, RESERVE_FILE, GONE_FILE, USAGE_LOG_FILE}:
         put_aside(directory / name)
-    for name in (SEGMENT_DIR, INDEX_DIR, REBUILT_DIR, DISCARDED_DIR):
+    for name in present & {SEGMENT_DIR, INDEX_DIR, REBUILT_DIR, DISCARDED_DIR}:
         put_aside(directory / name, stat.S_ISDIR)
-    for name in ("data.mdb", "lock.mdb"):
-        put_aside(directory / INDEX_DIR / name)
+    if INDEX_DIR in present:
+        for name in ("data.mdb", "lock.mdb"):
+            put_aside(directory / INDEX_DIR / name)
 
 
 def _unusable(directory: Path, err: OSError) -> ConfigError:

@@ -92,7 +92,10 @@ class BillRecords:
         key = self._keyring.key(request.caller.tenant, generation)
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
         # Log probabilities are left out of the hash, because they report on the answer without changing it.
-        digest.update(repr(dataclasses.replace(request.sampling, num_top_logprobs=None)).encode())
+        sampling = request.sampling
+        if sampling.num_top_logprobs is not None:
+            sampling = dataclasses.replace(sampling, num_top_logprobs=None)
+        digest.update(repr(sampling).encode())
         digest.update(request.tokens.tobytes())
         if request.num_samples > 1:
             digest.update(f"{request.num_samples} samples".encode())

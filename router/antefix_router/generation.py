@@ -121,12 +121,11 @@ class Generation:
         """The usage of the request with this many output tokens. Without a restore report, no prompt token counts as
         worked on.
         """
-        prompt = Usage() if self.restore is None else self.restore.usage(len(self.tokens))
-        return replace(
-            prompt,
-            output_tokens=num_output,
-            reasoning_tokens=reasoning_tokens,
-            ttft_us=round(self.ttft_s * 1e6),
+        ttft_us = round(self.ttft_s * 1e6)
+        if self.restore is None:
+            return Usage(output_tokens=num_output, reasoning_tokens=reasoning_tokens, ttft_us=ttft_us)
+        return self.restore.usage(
+            len(self.tokens), output_tokens=num_output, reasoning_tokens=reasoning_tokens, ttft_us=ttft_us
         )
 
     def sampling(self, index: int) -> Sampling:

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from argparse import Namespace
 
 import httpx2
 import numpy as np
 import pytest
 
 from antefix.block import CPU_FLOAT32, chain_of
+from antefix.errors import ConfigError
 from antefix.layout import KVFormat
 from antefix.model_dir import identify
 from antefix.prompt_marks import marks_of
@@ -15,6 +17,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.tokenizer import load_tokenizer
 from antefix_billing.ledger import Ledger
 from antefix_console.cli import main
+from antefix_console.commands.explain_requests import _door
 from antefix_console.deployment import DOOR_FILE
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
@@ -251,3 +254,36 @@ def test_requests_are_compared_without_their_text(ledger, explain, tmp_path):
 def test_files_and_requests_need_a_place_to_look(tmp_path, capsys):
     assert main(["explain", "--request-id", "x"]) == 2
     assert "--ledger" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "empty": b"",
+    "truncated": b'{"chat_format": "deeps',
+    "NUL bytes": bytes(64),
+    "not UTF-8": b'{"chat_format": "\xff"}',
+    "a list": b'["chat_format"]',
+    "a string with a setting's name": b'"chat_format"',
+    "null": b"null",
+    "a number for a format": b'{"chat_format": 7}',
+    "a list of aliases": b'{"model_aliases": ["a=b"]}',
+    "an unknown format": b'{"chat_format": "none such"}',
+    "nested for ever": b"[" * 100_000,
+    "huge": b" " * (1 << 20) + b"{}",
+    "a directory": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_settings_of_the_door_are_named_and_can_be_given_instead(damage, tmp_path):
+    path, data = tmp_path / DOOR_FILE, DAMAGED[damage]
+    path.mkdir() if data is None else path.write_bytes(data)
+    nothing = {"chat_format": None, "model_aliases": None, "prefix_rules": None}
+    with pytest.raises(ConfigError, match=f"(?s){DOOR_FILE}.*remove it"):
+        _door(Namespace(data_dir=tmp_path, **nothing))
+    given = {"chat_format": "plain", "model_aliases": "", "prefix_rules": ""}
+    assert _door(Namespace(data_dir=tmp_path, **given)).chat_format == "plain"
+
+
+def test_without_settings_of_the_door_the_defaults_hold(tmp_path):
+    nothing = {"chat_format": None, "model_aliases": None, "prefix_rules": None}
+    assert _door(Namespace(data_dir=tmp_path, **nothing)) == _door(Namespace(data_dir=None, **nothing))

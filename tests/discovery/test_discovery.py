@@ -1,5 +1,6 @@
 """Services start, stop and move. DNS and Redis report these changes late, in part or not at all."""
 
+import asyncio
 import json
 
 import pytest
@@ -67,6 +68,17 @@ async def test_a_source_that_cannot_be_asked_changes_nothing():
     names.fails, names.addresses = False, ["10.0.0.1", "10.0.0.2"]
     await following.look()
     assert [len(known) for known in told] == [1, 2] and following.num_failed == 1
+
+
+async def test_without_sources_nothing_is_looked_up_and_nothing_fails(caplog):
+    """As in a worker that was given no router by name."""
+    following = Following([], lambda known: None)
+    await following.look()
+    following.start()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await following.close()
+    assert caplog.records == []
 
 
 async def test_of_two_services_with_one_name_the_first_source_counts():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from antefix.record import Record, RecordKind
-from antefix.store_files import segment_reader
+from antefix.store_files import plain_reads
 from antefix.store_files.plain_reads import PlainReads
 from antefix.store_files.seal import Seals
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader
@@ -53,7 +53,7 @@ def both_ways(
         patch.setattr(PlainReads, "is_right", staticmethod(noted))
         found = reader.read_blocks(of.hashes, into, fingerprint=fingerprint)
     with monkeypatch.context() as patch:
-        patch.setattr(segment_reader, "_PLAIN_RECORDS_MIN", 1 << 30)
+        patch.setattr(plain_reads, "_RECORDS_MIN", 1 << 30)
         expected = reader.read_blocks(of.hashes, of.buffers(), fingerprint=fingerprint)
     assert found == expected
     assert [bytes(each) for each in into[: found.num_good]] == [of.payload(i) for i in range(found.num_good)]

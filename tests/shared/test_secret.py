@@ -105,6 +105,15 @@ def test_an_empty_secret_says_what_to_do(tmp_path):
         from_text(tmp_path, "\n")
 
 
+def test_a_log_that_is_cut_while_it_is_open_has_no_hole(tmp_path):
+    """logrotate's copytruncate cuts a role's log. Without O_APPEND, NUL bytes would fill the log up to the old end."""
+    with open_private(tmp_path / "log", "a") as file:
+        file.write("before\n")
+        os.truncate(tmp_path / "log", 0)
+        file.write("after\n")
+    assert (tmp_path / "log").read_bytes() == b"after\n"
+
+
 def test_texts_that_name_directories_of_any_bytes_are_kept_as_they_are(tmp_path):
     name = os.fsdecode(b"\xff\xfe/\n x ")
     with open_private(tmp_path / "a", "w") as file:

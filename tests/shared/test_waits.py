@@ -21,7 +21,7 @@ SHORT_S = 5
 MEANT = {
     # A request whose router was killed is repeated.
     "billing/test_bill_under_failure.py": {20},
-    # Whoever listens at the port may be another program, which says nothing.
+    # The listener at the port may be another program, which says nothing.
     "redis_servers.py": {5},
 }
 LIMITS = {"timeout", "timeout_s", "within_s", "deadline_s"}

@@ -87,7 +87,23 @@ def other_field(**changes: object) -> Change:
     return lambda record: dataclasses.replace(record, **changes)  # type: ignore[arg-type]
 
 
+def in_its_place(other: Record) -> Change:
+    """A record that is valid under its own name is put under another one."""
+    return lambda record: dataclasses.replace(
+        other, kind=record.kind, hash=record.hash, parent=record.parent, position=record.position
+    )
+
+
+def swapped_layers(record: Record) -> Record:
+    """The payload's layers lie one after the other; here the second half comes first."""
+    payload, half = bytes(record.payload), len(record.payload) // 2
+    return dataclasses.replace(record, payload=payload[half:] + payload[:half])
+
+
 FORGERIES: dict[str, Change] = {
+    "another block in its place": in_its_place(sealed(PROMPT.block(2))),
+    "its checkpoint in its place": in_its_place(sealed(PROMPT.checkpoint(3))),
+    "swapped layers": swapped_layers,
     "no seal": lambda record: dataclasses.replace(record, generation=0, salt=bytes(16), mac=bytes(16)),
     "version 1": lambda record: dataclasses.replace(record, version=1, tenant=b"acme"),
     "another secret": other_secret,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from antefix import checked_files
 from antefix.block import USER_SEPARATOR, HashKind, chain_of
-from antefix.checked_files import parse_json, read_json
+from antefix.checked_files import parse_json
+from antefix.checked_table import Table
 from antefix.clients import Tokens
-from antefix.errors import InvalidRequest
+from antefix.errors import ConfigError, InvalidRequest
 from antefix.model_dir import ModelIdentity
 from antefix.prompt_marks import block_size_of, parting, parting_of_chain
 from antefix.secret import Keyring
@@ -43,6 +46,8 @@ from antefix_router.gateway.dry_run import APIS, dry_run
 from antefix_router.gateway.gateway_config import GatewayConfig
 
 _DOOR_SETTINGS = ("chat_format", "model_aliases", "prefix_rules")
+# Far more than the three settings take.
+_DOOR_BYTES_MAX = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
@@ -147,11 +152,31 @@ def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyr
 
 def _door(args: argparse.Namespace) -> GatewayConfig:
     """The gateway settings that the prompt depends on: from the arguments, else from the deployment's last start."""
-    file = args.data_dir / DOOR_FILE if args.data_dir else None
-    in_force = read_json(file, "settings of the last start") if file is not None and file.is_file() else {}
     given = {name: getattr(args, name) for name in _DOOR_SETTINGS if getattr(args, name) is not None}
-    known = {name: str(in_force[name]) for name in _DOOR_SETTINGS if name in in_force}
-    return GatewayConfig(**{**known, **given})
+    if args.data_dir is None or len(given) == len(_DOOR_SETTINGS):
+        return GatewayConfig(**given)
+    path = args.data_dir / DOOR_FILE
+    try:
+        return GatewayConfig(**{**_settings_of_last_start(path), **given})
+    except ConfigError as err:
+        raise ConfigError(
+            f"{err}; if {path} is damaged, remove it, and the next `antefix up` writes it again; until then give"
+            " --chat-format, --model-aliases and --prefix-rules as `antefix up` has them"
+        ) from err
+
+
+def _settings_of_last_start(path: Path) -> dict[str, str]:
+    """Empty if no deployment has started in the directory.  Raises:  ConfigError: the file is damaged."""
+    if not os.path.lexists(path):
+        return {}
+    what = "settings of the last start"
+    text = checked_files.read_text(path, what, bytes_max=_DOOR_BYTES_MAX)
+    table = Table(parse_json(text, f"{what} {path}", error=ConfigError), f"{what} {path}")
+    found = {name: table.take(name) for name in _DOOR_SETTINGS if table.has(name)}
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise table.wrong(name, "a string", value)
+    return found
 
 
 def compare_with(
