@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,11 +93,14 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
 ) -> None:
     monkeypatch.setattr(rank_processes, "END_S", 0.5)
     lost = Lost()
-    ranks = RankProcesses(4, threads=1, timeout_s=20.0, on_lost=lost)
+    ranks = RankProcesses(4, threads=1, timeout_s=AT_MOST_S, on_lost=lost)
     try:
         model = ranks.load(load_model, path=directory)
         assert digests(model) == digests(load_model(directory))
-        # A stopped rank does not answer. The others wait only for their time limit.
+        # A stopped rank does not answer. The others wait only for their time limit, which is shorter from here on.
+        group = model.ranks.group  # type: ignore[union-attr]
+        assert group.options._timeout == timedelta(seconds=AT_MOST_S)  # type: ignore[union-attr]
+        group._set_default_timeout(timedelta(seconds=2))  # type: ignore[union-attr]
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         os.kill(ranks.pids[2], signal.SIGSTOP)
@@ -123,7 +129,7 @@ def fail_on_tokens(*, ranks: Ranks | None, device: str, path: Path) -> Model:
 
 
 @pytest.mark.services
-def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
+def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def after_failing(model: Model) -> torch.Tensor:
         pool, _ = make_backend("torch", model.layout, 2, "cpu", lead=model.lead)
         one, two = (Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0)) for _ in range(2))
@@ -134,6 +140,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         return forward(model, pool, [(two, TOKENS[:3] % 13), (one, TOKENS[3:4] % 13)])
 
     lost = Lost()
+    monkeypatch.setattr(rank_processes, "FAILED_S", AT_MOST_S)
     ranks = RankProcesses(2, threads=1, on_lost=lost)
     try:
         model = ranks.load(fail_on_tokens, path=directory)
@@ -141,6 +148,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         assert torch.equal(after_failing(model), want)
         assert not lost.told.is_set()
         # A failure on only one rank ends all ranks.
+        monkeypatch.setattr(rank_processes, "FAILED_S", 0.5)
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         with pytest.raises(RuntimeError):
@@ -210,3 +218,17 @@ def test_too_few_cards_are_refused_before_anything_starts(device: str, said: str
 def test_an_invalid_number_of_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size must be 1 to 64, is 0"):
         EngineConfig(model="m", secret_file="s", tensor_parallel_size=0)
+
+
+def test_a_rank_whose_message_cannot_be_read_is_lost_and_not_waited_for() -> None:
+    def fail() -> None:
+        raise AttributeError("no such class")
+
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+    lost: list[str] = []
+    connections = [SimpleNamespace(recv=fail)]
+    ranks = SimpleNamespace(_connections=connections, _answers=[answers], _is_closing=False, _processes=[None])
+    ranks._lose = lost.append
+    RankProcesses._watch(ranks, 1)  # type: ignore[arg-type]
+    assert lost == ["rank 1 sent what cannot be read: AttributeError: no such class"]
+    assert answers.get(timeout=1).text == lost[0]  # type: ignore[attr-defined]
