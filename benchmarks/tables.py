@@ -32,7 +32,6 @@ NAMED: dict[str, tuple[str, ...]] = {
     "index_readers.json": ("antefix/store_files",),
     "kernels.json": ("kernels/antefix_kernels",),
     "ranks_on_cards_services.json": ("antefix/model", "prefill/antefix_prefill/worker"),
-    "store.json": ("kvstore/antefix_kvstore", "antefix/store_files"),
 }
 # Records of code that has been replaced. Documents show them next to the present figures, or as what was tried.
 HISTORY = frozenset(
@@ -43,6 +42,7 @@ HISTORY = frozenset(
         "packed_candidates.json",
         "prefill_on_card_before.json",
         "ranks_on_cards_before.json",
+        "store.json",
         "weights_on_card_before.json",
     }
 )
@@ -263,6 +263,18 @@ def memory_under_long_prompts(record: Any) -> Iterable[Row]:
     for role, held in record["memory_mb"].items():
         most = max(held["peak of the first half"], held["peak of the second half"])
         yield role, *(f"{value:.0f}" for value in (held["idle"], most, held["after"], held["cpu_s"]))
+
+
+VERIFIED = ("antefix/model", "antefix/window", "prefill", "decode", "kvstore", "console/antefix_console/verify")
+
+
+@table("verify.json", *VERIFIED)
+def verified_on_a_cpu(record: Any) -> Iterable[Row]:
+    yield "strategy or part", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    report = record["report"]
+    for row in [*report["rows"], {**report, "strategy": "all"}]:
+        counts = (row[key] for key in ("cases", "bit_identical", "within_bounds", "failed"))
+        yield row["strategy"], *(f"{count:,}" for count in counts)
 
 
 @table("worker_memory.json", "router", "prefill", "decode", "kvstore", "antefix")

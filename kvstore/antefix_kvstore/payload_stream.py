@@ -74,7 +74,7 @@ class PayloadStream:
                 # 1. Send what is in the page cache.
                 with contextlib.suppress(BlockingIOError):
                     while not self._batch.drained or await in_thread(threads, self._locate):
-                        await self._turns.take()
+                        await self._turns.take(self)
                         for message in self._batch.read_cached():
                             yield message
                     return
@@ -83,9 +83,10 @@ class PayloadStream:
                 while (messages := await upcoming) is not None:
                     upcoming = in_thread(threads, self._read)
                     for message in messages:
-                        await self._turns.take()
+                        await self._turns.take(self)
                         yield message
             finally:
+                self._turns.leave(self)
                 if upcoming is not None:
                     upcoming.cancel()
                 # Not awaited: a stream that is closed early must not wait for the index. In a closing service no thread

@@ -30,6 +30,8 @@ from tests.engines import FixedRates, MemoryStore, prompt_of
 from tests.model import released_checkpoint as released
 
 PROMPT = np.random.default_rng(7).integers(0, 64, 130)
+# Ends 16 tokens before a block does, so that every answer passes the boundary.
+NEAR_AN_END = np.random.default_rng(8).integers(0, 64, 240)
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +113,9 @@ def guess(right: list[int], position_of_prompt_end: int, pattern: list[bool]):
 
 
 SAMPLINGS = {
-    "greedy": Sampling(max_tokens=140, ignore_eos=True),
-    "sampled": Sampling(max_tokens=50, ignore_eos=True, temperature=1.3, top_p=0.9, seed=11),
-    "penalties": Sampling(max_tokens=40, ignore_eos=True, temperature=0.7, seed=3, repetition_penalty=1.4),
+    "greedy": Sampling(max_tokens=40, ignore_eos=True),
+    "sampled": Sampling(max_tokens=30, ignore_eos=True, temperature=1.3, top_p=0.9, seed=11),
+    "penalties": Sampling(max_tokens=30, ignore_eos=True, temperature=0.7, seed=3, repetition_penalty=1.4),
 }
 
 
@@ -121,13 +123,14 @@ SAMPLINGS = {
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 async def test_outputs_and_what_is_stored_are_those_without_drafting(make_engine, monkeypatch, sampling):
     plain, drafting = make_engine(drafts=False), make_engine(drafts=True)
-    want, _ = await generate(plain, prompt_of(plain, PROMPT), SAMPLINGS[sampling])
-    monkeypatch.setattr(step_module, "draft", guess(want, len(PROMPT), [True, True, False, True, False]))
-    got, scheduler = await generate(drafting, prompt_of(drafting, PROMPT), SAMPLINGS[sampling])
+    want, _ = await generate(plain, prompt_of(plain, NEAR_AN_END), SAMPLINGS[sampling])
+    monkeypatch.setattr(step_module, "draft", guess(want, len(NEAR_AN_END), [True, True, False, True, False]))
+    got, scheduler = await generate(drafting, prompt_of(drafting, NEAR_AN_END), SAMPLINGS[sampling])
     assert got == want
     assert 0 < scheduler.num_drafts_kept < scheduler.num_drafted
     assert scheduler.num_tokens == len(want) - 1
     blocks = {key for key in plain.store.records if key[0] is RecordKind.BLOCK}
+    assert len(blocks) == 2
     assert {key for key in drafting.store.records if key[0] is RecordKind.BLOCK} == blocks
     for key, payload in plain.store.records.items():
         # With drafting, a checkpoint's last part is the draft state.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.kernels.quick_interpreter import quicken
+
+        quicken()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from antefix.model.card_pool import CardPool
 from antefix.model.ranks import Ranks, take_share
 from antefix.model.step_runner import StepRunner
 from antefix.model.triton_ops import TritonOps
+from tests.kernels.quick_interpreter import quicken
 from tests.kernels.recorded import captured
 from tests.kernels.test_triton_ops import CONFIG
 
@@ -76,6 +77,7 @@ def run(model: Model, ops: TritonOps) -> str:
 def main() -> None:
     rank, size, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
+    quicken()
     store = dist.FileStore(f"{directory}/ranks", size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=600))
     changed: Any = triton_ops

@@ -67,17 +67,19 @@ def outcome(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("longer", "num_steps"),
-    [(True, 2), *(pytest.param(longer, 4, marks=pytest.mark.long) for longer in (False, True))],
+    ("longer", "num_steps", "lengths"),
+    # In the short form, one sequence completes entries of both ratios in the first step and one ratio's in the second.
+    [(True, 2, (1, 7)), *(pytest.param(longer, 4, LENGTHS, marks=pytest.mark.long) for longer in (False, True))],
 )
-def test_reproducible_steps_have_the_bits_of_each_sequence_alone(device, longer, num_steps, monkeypatch):
+def test_reproducible_steps_have_the_bits_of_each_sequence_alone(device, longer, num_steps, lengths, monkeypatch):
     if longer:
         # As with sequences whose decoded entries together exceed the memory for them.
         monkeypatch.setattr(seated_steps, "_DECODED_BYTES_MAX", 1)
     model = build(device)
-    alone = outcome(model, TritonOps(model.layout, reproducible=True), num_steps=num_steps, longer=longer)
+    given = {"num_steps": num_steps, "longer": longer, "lengths": lengths}
+    alone = outcome(model, TritonOps(model.layout, reproducible=True), **given)
     ops = TritonOps(model.layout, reproducible=True, batched=True)
-    together = outcome(model, ops, num_steps=num_steps, longer=longer)
+    together = outcome(model, ops, **given)
     assert torch.equal(alone[0], together[0])
     assert alone[1] == together[1]
     assert torch.equal(alone[2], together[2])

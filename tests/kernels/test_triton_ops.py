@@ -70,11 +70,13 @@ def build(device: torch.device) -> Model:
     return model.to(device).requires_grad_(False)
 
 
-def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Tensor, bytes]:
+def run(
+    model: Model, pool: BlockPool, ops: Ops, tokens: np.ndarray = TOKENS, cuts: list[int] = CUTS
+) -> tuple[torch.Tensor, torch.Tensor, bytes]:
     table = [5, 1, 2, 7, 0, 3]
     pool.allocate(pool.num_blocks)
     sequence = Sequence(table, WindowState.zeros(model.layout, 0, model.device))
-    pieces = [forward(model, pool, [(sequence, piece)], logits="all", ops=ops) for piece in np.split(TOKENS, CUTS)]
+    pieces = [forward(model, pool, [(sequence, piece)], logits="all", ops=ops) for piece in np.split(tokens, cuts)]
     return torch.cat(pieces).cpu(), pool.rows[table].cpu(), sequence.window.to_bytes()
 
 
@@ -167,7 +169,9 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
 @pytest.mark.slow
 def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
     model = build(device).to(torch.float32)
-    want, rows, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
+    # These kernels take each token alone, so a short prompt and one more token show them.
+    given = {"tokens": TOKENS[:7], "cuts": [6]}
+    want, rows, _ = run(model, BlockPool(model.layout, 8, device), TorchOps(), **given)
     asked = []
 
     def always(x):
@@ -176,11 +180,12 @@ def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
 
     for module in (numerics, norms_rope, mhc, moe):
         monkeypatch.setattr(module, "has_kernels", always)
-    got, rows_by_kernels, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
+    got, rows_by_kernels, _ = run(model, BlockPool(model.layout, 8, device), TorchOps(), **given)
     assert asked
     # Sums have another order, so a value that crosses a rounding border may change a token's logits.
     assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 2e-2
-    assert (rows == rows_by_kernels).float().mean() > 0.95
+    written = (rows != 0) | (rows_by_kernels != 0)
+    assert (rows == rows_by_kernels)[written].float().mean() > 0.95
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import cast
 
@@ -15,6 +16,7 @@ import torch
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward
 from antefix.model.compiled import check, switch
+from antefix.model.compiled.sources import sources_digest
 from antefix.model.model import DecoderLayer
 from antefix.model.numerics import linear
 from antefix.model.ops import TorchOps
@@ -95,6 +97,43 @@ def test_two_threads_that_step_at_once_leave_what_one_leaves() -> None:
     with ThreadPoolExecutor(2) as threads:
         runs = [threads.submit(left_behind, model) for _ in range(6)]
     assert all(run.result() == expected for run in runs)
+
+
+@needs_numba
+@pytest.mark.slow
+def test_plans_are_never_older_than_the_weights_that_they_are_said_to_be_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that share a prefill's rows look for the plans at the same time."""
+    from antefix.model.compiled import layers
+
+    seen = []
+
+    class Spied(layers._Kept):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "made_of" and value:
+                seen.append(self.plans)
+
+    monkeypatch.setattr(layers, "_Kept", Spied)
+    assert layers.plans_of(make("plain")) is seen[0] is not None
+
+
+@needs_numba
+@pytest.mark.slow
+def test_compiled_code_is_kept_under_the_name_of_its_sources() -> None:
+    from antefix.model.compiled.attention_kernels import attend_line
+
+    assert attend_line.py_func.__qualname__ == f"attend_line_{sources_digest()}"  # type: ignore[attr-defined]
+
+
+def test_a_change_of_any_source_of_the_kernels_is_noticed(tmp_path: Path) -> None:
+    found = []
+    for kernel, part in (("run()", "a"), ("run()", "b"), ("run()b", ""), ("run()", "a")):
+        (tmp_path / "kernel.py").write_text(f"from llvmlite import ir\n{kernel}")
+        (tmp_path / "part.py").write_text(f"from antefix.model.compiled.intrinsics import plain\n{part}")
+        (tmp_path / "caller.py").write_text(f"calls only: {len(found)}")
+        found.append(sources_digest.__wrapped__(tmp_path))
+    assert found[0] == found[3] and len(set(found)) == 3
+    assert len(sources_digest()) == 16
 
 
 def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytest.MonkeyPatch) -> None:

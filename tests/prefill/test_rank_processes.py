@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,3 +212,17 @@ def test_too_few_cards_are_refused_before_anything_starts(device: str, said: str
 def test_an_invalid_number_of_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size must be 1 to 64, is 0"):
         EngineConfig(model="m", secret_file="s", tensor_parallel_size=0)
+
+
+def test_a_rank_whose_message_cannot_be_read_is_lost_and_not_waited_for() -> None:
+    def fail() -> None:
+        raise AttributeError("no such class")
+
+    answers: queue.SimpleQueue[object] = queue.SimpleQueue()
+    lost: list[str] = []
+    connections = [SimpleNamespace(recv=fail)]
+    ranks = SimpleNamespace(_connections=connections, _answers=[answers], _is_closing=False, _processes=[None])
+    ranks._lose = lost.append
+    RankProcesses._watch(ranks, 1)  # type: ignore[arg-type]
+    assert lost == ["rank 1 sent what cannot be read: AttributeError: no such class"]
+    assert answers.get(timeout=1).text == lost[0]  # type: ignore[attr-defined]

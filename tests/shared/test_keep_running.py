@@ -1,4 +1,4 @@
-"""Background loops go on after an unexpected exception, and the log says so."""
+"""Background loops continue after an unexpected exception, and the log says so."""
 
 import ast
 import asyncio

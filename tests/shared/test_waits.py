@@ -23,7 +23,7 @@ MEANT = {
     "billing/test_bill_under_failure.py": {20},
     # A stopped rank answers nobody.
     "prefill/test_rank_processes.py": {20},
-    # Whoever listens at the port may be another program, which says nothing.
+    # The listener at the port may be another program, which says nothing.
     "redis_servers.py": {5},
 }
 LIMITS = {"timeout", "timeout_s", "within_s", "deadline_s"}

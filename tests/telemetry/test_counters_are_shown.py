@@ -187,6 +187,7 @@ COUNTED = {
 # State of one request, block, file or index, not counts of a service's events.
 STATE = {
     *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
+    "num_expected",
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_missing", "num_there", "num_bytes"),
     # Counts that are shown as kinds, by their own names.

@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from antefix.model.compiled.sources import sources_digest
+
 f32 = np.float32
 i32 = np.int32
 
@@ -112,6 +114,8 @@ def kernel(signature: str) -> Callable[[Callable[..., None]], Callable[..., None
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        # Part of the cached file's name.
+        function.__qualname__ += f"_{sources_digest()}"
         try:
             return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
         except RuntimeError as error:

@@ -99,7 +99,8 @@ def plans_of(model: Model) -> list[LayerPlan] | None:
         return None  # Nobody counts their versions.
     made_of = [(weight._version, weight.data_ptr()) for weight in weights]
     if kept.made_of != made_of:
-        kept.made_of, kept.plans = made_of, _make_plans(model)
+        # The plans first: another thread of this pass must not take the old ones for those of these weights.
+        kept.plans, kept.made_of = _make_plans(model), made_of
     return kept.plans
 
 

@@ -206,6 +206,8 @@ class RankProcesses:
                     answers.put(said)
         except (EOFError, OSError):
             pass  # the rank has ended, which is reported below
+        except Exception as err:  # noqa: BLE001 - reported below; otherwise rank 0 would wait for this rank for ever
+            reason = f"rank {rank} sent what cannot be read: {type(err).__name__}: {err}"
         if self._is_closing:
             return
         process = self._processes[rank - 1]
