@@ -170,8 +170,8 @@ def pytest_runtest_protocol(item, nextitem):
 def wait_longer_for_peers(patch):
     """Set longer time limits for peers in this process, and in processes that a test starts."""
     for module in sitecustomize.LIMITS.keys() & sys.modules.keys():
-        for values, limit in sitecustomize.limits_of(sys.modules[module]):
-            patch.setitem(values, limit, sitecustomize.PATIENCE_S)
+        for values, limit, longer_s in sitecustomize.limits_of(sys.modules[module]):
+            patch.setitem(values, limit, longer_s)
     patch.setenv("PYTHONPATH", str(Path(sitecustomize.__file__).parent), prepend=os.pathsep)
 
 

@@ -14,7 +14,8 @@ from antefix_billing.ledger_files import read_settled
 
 pytestmark = [pytest.mark.services, pytest.mark.impatient]
 
-# Twenty times the delay that a hang may cause. Without checks for signs of life, each of these takes 61 to 92 s.
+# Twenty times the delay that a hang may cause, plus five times what work took before. Without checks for signs of life,
+# each of these takes 61 to 92 s.
 BOUND_S = 45.0
 
 
@@ -34,15 +35,17 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(
 ):
     """All roles in turn in one deployment, because its start costs more than the rest of the test."""
     async with deploy(num_decode=2, model=small_model) as deployment:
-        # This request lets the router measure speeds.
+        # This request lets the router measure speeds, and this test how busy the machine is.
+        begun = time.monotonic()
         await ask(deployment, np.flip(document[:900]))
+        bound_s = BOUND_S + 5 * (time.monotonic() - begun)
         num_asked = 1
         for role, start in (("prefill", 800), ("kvstore", 1100)):
             prompt = document[start : start + 1000]
             with stopped(deployment.one(role)):
                 begun = time.monotonic()
                 output, last = await ask(deployment, prompt)
-                assert time.monotonic() - begun < BOUND_S, role
+                assert time.monotonic() - begun < bound_s, role
             assert output == small_reference.generate(prompt, 24)
             assert last.usage.cache_hit_tokens + last.usage.cache_miss_tokens == 1000
             num_asked += 1
@@ -52,7 +55,7 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(
             begun = time.monotonic()
             with pytest.raises(Unavailable, match="does not answer"):
                 await ask(deployment, document[:300])
-            assert time.monotonic() - begun < BOUND_S + 10
+            assert time.monotonic() - begun < bound_s + 10
         # Workers that answer again are used again.
         output, _ = await ask(deployment, document[:300])
         assert output == small_reference.generate(document[:300], 24)
@@ -62,14 +65,14 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(
 
 
 async def a_stopped_decode_worker_is_left_in_mid_stream(deployment, busy_decode, prompt, reference):
-    output, stopped_at = [], 0.0
+    output, begun, stopped_at = [], time.monotonic(), 0.0
     # Much longer than what is read, so that the worker still computes when it is stopped.
     answer = deployment.router.generate(prompt, Sampling(max_tokens=3000, ignore_eos=True))
     async with contextlib.aclosing(answer) as messages:
         with contextlib.ExitStack() as hung:
             async for message in messages:
                 if stopped_at and len(message.tokens):
-                    assert time.monotonic() - stopped_at < BOUND_S
+                    assert time.monotonic() - stopped_at < BOUND_S + 5 * (stopped_at - begun)
                 output += [int(token) for token in message.tokens]
                 if len(output) >= 10 and not stopped_at:
                     hung.enter_context(stopped(await busy_decode(deployment)))

@@ -2,6 +2,7 @@
 
 import signal
 
+from antefix.errors import Unavailable
 from antefix_router.placement.workers import WorkerRole
 from tests.waiting import until
 
@@ -24,13 +25,16 @@ async def test_workers_are_found_by_leases_as_they_come_die_and_leave(
 
         async def answers(start):
             prompt = document[start : start + 300]
-            assert (await ask(deployment, prompt))[0] == small_reference.generate(prompt, 24)
+            # A worker that renews its lease too late on a busy machine is missing for a moment.
+            output, _ = await until(lambda: ask(deployment, prompt), "a worker is known", despite=Unavailable)
+            assert output == small_reference.generate(prompt, 24)
 
         # 1. The router's settings name no workers.
         first, prefill = deployment.one("decode"), deployment.one("prefill")
         await until(are(first))
         await answers(0)
-        assert await known(WorkerRole.PREFILL) == {prefill.address}
+        await until(lambda: known(WorkerRole.PREFILL))
+        assert await known(WorkerRole.PREFILL) <= {prefill.address}
         # 2. Another worker comes. The first one dies without leaving, and its lease expires.
         second = await deployment.start_worker("decode")
         await until(are(first, second))

@@ -11,7 +11,7 @@ from antefix_prefill import prefetch
 from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.run_prompt import run_prompt
 from tests.prefill.test_run_prompt import DOCUMENT, OTHER_END, run, same
-from tests.waiting import until
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -28,10 +28,13 @@ async def waiting(make_engine, make_prompt):
     return make_engine("boundary")
 
 
-async def wait_for_a_turn(engine, prompt, seconds=0.3, **options):
-    prefetcher = Prefetcher(engine, **{"after_s": 0.0, **options})
+async def wait_for_a_turn(engine, prompt, seconds=0.0, *, after_s=0.0):
+    """Wait until the load for the prompt has begun, which is then waited for.  seconds: wait for so long at least."""
+    prefetcher = Prefetcher(engine, after_s=after_s)
     async with prefetcher.while_waiting(prompt):
         await asyncio.sleep(seconds)
+        if not after_s:
+            await until(lambda: prefetcher._is_loading or prompt.prefetched or prefetcher.counters.num_skipped)
     return prefetcher
 
 
@@ -69,7 +72,7 @@ async def test_what_was_in_memory_before_stays_accounted_for_as_memory(waiting, 
 
 async def test_a_short_wait_loads_nothing(waiting, make_prompt):
     prompt = make_prompt(waiting, LONGER)
-    prefetcher = await wait_for_a_turn(waiting, prompt, seconds=0.0, after_s=30.0)
+    prefetcher = await wait_for_a_turn(waiting, prompt, after_s=AT_MOST_S)
     assert waiting.blocks.num_resident == 0
     assert prefetcher.counters.num_prefetched == 0
 
@@ -146,7 +149,7 @@ async def test_a_broken_store_costs_the_prefetch_and_nothing_else(waiting, make_
 
 async def test_a_caller_that_leaves_gives_everything_back(waiting, make_prompt):
     prompt = make_prompt(waiting, LONGER)
-    task = asyncio.create_task(wait_for_a_turn(waiting, prompt, seconds=30.0))
+    task = asyncio.create_task(wait_for_a_turn(waiting, prompt, seconds=AT_MOST_S))
     await asyncio.sleep(0.1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

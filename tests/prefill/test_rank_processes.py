@@ -7,6 +7,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,11 +93,14 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
 ) -> None:
     monkeypatch.setattr(rank_processes, "END_S", 0.5)
     lost = Lost()
-    ranks = RankProcesses(4, threads=1, timeout_s=20.0, on_lost=lost)
+    ranks = RankProcesses(4, threads=1, timeout_s=AT_MOST_S, on_lost=lost)
     try:
         model = ranks.load(load_model, path=directory)
         assert digests(model) == digests(load_model(directory))
-        # A stopped rank does not answer. The others wait only for their time limit.
+        # A stopped rank does not answer. The others wait only for their time limit, which is shorter from here on.
+        group = model.ranks.group  # type: ignore[union-attr]
+        assert group.options._timeout == timedelta(seconds=AT_MOST_S)  # type: ignore[union-attr]
+        group._set_default_timeout(timedelta(seconds=2))  # type: ignore[union-attr]
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         os.kill(ranks.pids[2], signal.SIGSTOP)
@@ -125,7 +129,7 @@ def fail_on_tokens(*, ranks: Ranks | None, device: str, path: Path) -> Model:
 
 
 @pytest.mark.services
-def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
+def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def after_failing(model: Model) -> torch.Tensor:
         pool, _ = make_backend("torch", model.layout, 2, "cpu", lead=model.lead)
         one, two = (Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0)) for _ in range(2))
@@ -136,6 +140,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         return forward(model, pool, [(two, TOKENS[:3] % 13), (one, TOKENS[3:4] % 13)])
 
     lost = Lost()
+    monkeypatch.setattr(rank_processes, "FAILED_S", AT_MOST_S)
     ranks = RankProcesses(2, threads=1, on_lost=lost)
     try:
         model = ranks.load(fail_on_tokens, path=directory)
@@ -143,6 +148,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         assert torch.equal(after_failing(model), want)
         assert not lost.told.is_set()
         # A failure on only one rank ends all ranks.
+        monkeypatch.setattr(rank_processes, "FAILED_S", 0.5)
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         with pytest.raises(RuntimeError):

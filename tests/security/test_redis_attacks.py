@@ -202,7 +202,7 @@ async def test_an_old_sign_of_life_does_not_keep_a_dead_source_alive(feed, attac
     await until(lambda: not router.follower.in_step)
     for fields in kept:
         await add(attacker, stream, fields)
-    await asyncio.sleep(0.3)
+    await until(lambda: dropped(router, DropReason.REPLAYED) >= len(kept))
     assert not router.follower.in_step
     assert dropped(router, DropReason.REPLAYED) == len(kept)
 

@@ -21,8 +21,6 @@ SHORT_S = 5
 MEANT = {
     # A request whose router was killed is repeated.
     "billing/test_bill_under_failure.py": {20},
-    # A stopped rank answers nobody.
-    "prefill/test_rank_processes.py": {20},
     # The listener at the port may be another program, which says nothing.
     "redis_servers.py": {5},
 }

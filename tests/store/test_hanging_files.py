@@ -18,11 +18,12 @@ from antefix_prefill.run_prompt import run_prompt
 from tests.kvstore.small_store import FINGERPRINT
 from tests.store.many_embedded import PROMPT, rack_of
 from tests.store.test_service import Service
+from tests.waiting import AT_MOST_S
 
 pytestmark = pytest.mark.impatient
 SLACK_S = 0.05
-# Ten times the time of giving up, also on a busy machine. Without a limit, a hang would last for ever.
-BOUND_S = 30.0
+# Without a limit, a hang would last for twice as long.
+BOUND_S = AT_MOST_S
 
 
 class Disk:
@@ -35,7 +36,7 @@ class Disk:
 
     def wait(self):
         self.num_waiting += 1
-        self.answers.wait(300)
+        self.answers.wait(2 * AT_MOST_S)
 
 
 @pytest.fixture

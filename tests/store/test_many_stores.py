@@ -80,6 +80,7 @@ async def test_the_loss_of_the_only_holder_ends_the_prefix_there(tmp_path: Path)
 
 async def test_a_store_that_hangs_is_given_up_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_tiers, "_LATE_S", 0.05)
+    monkeypatch.setattr(read_tiers, "_ALONE_S", 1.0)
     async with rack_of(tmp_path) as rack:
         await rack.fill("b", 0, 40)
         await rack.fill("c", 0, 40)
@@ -313,6 +314,7 @@ async def test_an_eviction_reaches_all_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_is_lost_the_prefix_is_right(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With any holders, deaths, hangs and stale reports, the restored blocks are a right prefix of the stored ones."""
+    monkeypatch.setattr(read_tiers, "_LATE_S", 0.5)
     monkeypatch.setattr(read_tiers, "_ALONE_S", 1.0)
     chance = random.Random(seed)
     async with rack_of(tmp_path, names="abcd") as rack:
