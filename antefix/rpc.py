@@ -137,6 +137,9 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
         # INTERNAL without a class name comes from gRPC itself and means a broken connection.
         kind = _BY_CODE.get(err.code(), errors.Unavailable)
     message = err.details() or err.code().name
+    if kind is errors.DeadlineExceeded and _ERROR_KEY not in metadata:
+        # gRPC's own words ("Deadline Exceeded", "Stream removed") do not say whose time ran out.
+        message = "the time allowed for this call was over before the answer was complete"
     if kind is errors.Unavailable and _ERROR_KEY not in metadata:
         message = f"the service cannot be reached: {message}"
     if err.code() is grpc.StatusCode.UNIMPLEMENTED:

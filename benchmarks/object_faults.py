@@ -164,7 +164,9 @@ async def _reads(
         harm.kinds, harm.share = kind.split("+"), args.share if kind else 0.0
         told = json.loads(await ask(str(args.reads)))
         found.append({"kind": kind, "reads": args.reads, "harmed": sum(harm.done.values()), **told})
-    await process.communicate()
+    assert process.stdin is not None
+    process.stdin.close()
+    await process.wait()
     return found
 
 

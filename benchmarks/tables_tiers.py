@@ -57,6 +57,39 @@ def object_tier(record: Any) -> Iterable[Row]:
     yield "uploads, processor seconds per GB", f"{upload['cpu_s_per_gb']:.2f}", ""
 
 
+@table("object_faults.json", *OBJECTS, "antefix/store")
+def answers_under_faults(record: Any) -> Iterable[Row]:
+    yield (
+        *("the server's answers are", "damaged", "answers", "unlike a cold run", "failed or stuck"),
+        *("with a hit from the object tier", "longest, s", "memory grew by, MB"),
+    )
+    for row in record["answers"]:
+        wrong, lost = row["different"], row["failed"] + row["stuck"]
+        counts = (row["harmed"], row["answers"], wrong, lost, row["from_objects"])
+        yield _damage(row["kind"]), *(str(each) for each in counts), f"{row['longest_s']:.1f}", f"{row['grown_mb']:.0f}"
+
+
+@table("object_faults.json", *OBJECTS)
+def reads_under_faults(record: Any) -> Iterable[Row]:
+    yield (
+        *("the server's answers are", "damaged", "reads", "complete", "blocks read", "wrong blocks"),
+        *("longest, s", "memory grew by, MB"),
+    )
+    for row in record["reads"]:
+        counts = (row["harmed"], row["reads"], row["whole"], row["blocks"], row["wrong_blocks"])
+        yield (
+            _damage(row["kind"]),
+            *(f"{each:,}" for each in counts),
+            f"{row['longest_s']:.1f}",
+            f"{row['grown_mb']:.0f}",
+        )
+
+
+def _damage(kind: str) -> str:
+    named = {"": "intact", "delay": "late", "truncate": "cut", "reset": "reset", "flip": "one bit flipped"}
+    return "all of these" if "+" in kind else named.get(kind, kind)
+
+
 @table("tier.json", "antefix/objects/object_index.py")
 def object_index(record: Any) -> Iterable[Row]:
     yield "records", "bytes per record", "look-up of 128K tokens, ms", "look-up of 1M tokens, ms"

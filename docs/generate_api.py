@@ -50,7 +50,7 @@ stores are asynchronous; each has a blocking form. All errors derive from `Antef
 from antefix import RouterClient, Sampling
 
 async with RouterClient("127.0.0.1:7000") as router:
-    async for message in router.generate("def fibonacci(n):", Sampling(max_tokens=64)):
+    async for message in router.generate("class Test(unittest.TestCase):", Sampling(max_tokens=64)):
         print(message.text, end="")
 ```
 """

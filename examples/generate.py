@@ -1,7 +1,7 @@
 """Sends one prompt to a running router, and prints the streamed answer and the request's usage.
 
 antefix up --address 127.0.0.1:7000 &
-python examples/generate.py 127.0.0.1:7000 'def fibonacci(n):'
+python examples/generate.py 127.0.0.1:7000 'class Test(unittest.TestCase):'
 """
 
 import sys

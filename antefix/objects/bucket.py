@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from antefix.errors import AntefixError, ConfigError
 from antefix.objects.range_source import RangeSource
 from antefix.record import Buffer
+from antefix.split_url import split_url
 
 CLOUD_SCHEMES: Final = ("s3", "gs", "az")
 SCHEMES: Final = (*CLOUD_SCHEMES, "file")
@@ -73,7 +74,7 @@ def is_object_url(text: str) -> bool:
 
 def scheme_of(url: str) -> str:
     """Raises:  ConfigError: not the URL of an object store."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     if parts.scheme not in SCHEMES:
         raise ConfigError(f"an object store is given as s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
     if parts.query or parts.fragment or parts.username:
@@ -94,7 +95,7 @@ def open_bucket(url: str) -> Bucket:
     if scheme_of(url) == "file":
         from antefix.objects.file_bucket import FileBucket
 
-        return FileBucket(url, Path(unquote(urlsplit(url).path)))
+        return FileBucket(url, Path(unquote(split_url(url).path)))
     # Imported here, because the library is only installed where an object store is used.
     from antefix.objects.cloud_bucket import CloudBucket
 

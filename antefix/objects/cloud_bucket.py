@@ -11,13 +11,13 @@ from datetime import timedelta
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from antefix.errors import ConfigError, Unavailable
 from antefix.objects.bucket import ObjectGone, StoredObject
 from antefix.objects.range_source import RangeSource
 from antefix.objects.signed_ranges import SIGNED_URL, SignedRanges, reads_directly
 from antefix.record import Buffer
+from antefix.split_url import split_url
 
 # The library retries after a connection reset or a status of 5xx or 429, with growing pauses. A read that needs more
 # retries is a miss, because a request waits for it.
@@ -46,7 +46,7 @@ def signs_objects(environment: Mapping[str, str]) -> bool:
     that the server refuses an object that changed on its way. Over TLS, and on this host, nothing can change an object
     on its way.
     """
-    endpoints = [urlsplit(environment[name]) for name in _ENDPOINTS if environment.get(name)]
+    endpoints = [split_url(environment[name], name) for name in _ENDPOINTS if environment.get(name)]
     return any(each.scheme == "http" and not _is_here(each.hostname or "") for each in endpoints)
 
 

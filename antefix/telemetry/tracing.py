@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
-from urllib.parse import urlsplit
 
 from antefix.errors import ConfigError
 from antefix.security.listening import is_loopback
+from antefix.split_url import split_url
 
 Value = str | bool | int | float
 
@@ -118,7 +118,7 @@ def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(share)))
     insecure = not endpoint.startswith("https://")
     # A collector elsewhere may be behind a proxy of the environment; this host's own addresses are not.
-    host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+    host = split_url(endpoint if "//" in endpoint else f"//{endpoint}", "--traces").hostname or ""
     options: Any = (("grpc.enable_http_proxy", 0),) if is_loopback(host) else ()
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=insecure, channel_options=options)
     provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -31,6 +31,7 @@ from antefix.checked_files import parse_json, read_text
 from antefix.errors import AntefixError, ConfigError, InvalidRequest
 from antefix.objects.bucket import CLOUD_SCHEMES, Bucket, StoredObject, open_bucket
 from antefix.private_file import write_private
+from antefix.split_url import split_url
 from antefix_billing.ledger_files import sync_directory
 from antefix_billing.places import with_bucket
 from antefix_billing.receipt import Signer, signed_of_receipt
@@ -114,7 +115,7 @@ def check_place(place: str) -> None:
     """Check a place for anchors. Raises: ConfigError: the place is neither a path nor a supported URL, or the library
     for it is not installed.
     """
-    scheme = urlsplit(place).scheme
+    scheme = split_url(place).scheme
     if scheme in CLOUD_SCHEMES:
         open_bucket(place)
     elif scheme not in ("", _FILE) or not place:
@@ -131,7 +132,7 @@ def write_anchor(anchor: Anchor, place: str) -> None:
     place: a place that `check_place` accepts.  Raises:  OSError, Unavailable.
     """
     name = f"{anchor.sequence:020d}.json"
-    if urlsplit(place).scheme in CLOUD_SCHEMES:
+    if split_url(place).scheme in CLOUD_SCHEMES:
         object_name = f"{_FOLDER}/{anchor.source.hex()}/{name}"
         with_bucket(place, lambda bucket: bucket.put(object_name, [anchor.to_json().encode() + b"\n"]))
         return
@@ -164,7 +165,7 @@ def read_anchors(places: Sequence[str]) -> list[Anchor]:
 
 def _anchors_of(place: str) -> list[Anchor]:
     check_place(place)
-    if urlsplit(place).scheme in CLOUD_SCHEMES:
+    if split_url(place).scheme in CLOUD_SCHEMES:
         texts = with_bucket(place, _texts_of_bucket)
         return [anchor for name, text in texts for anchor in _of_text(text, f"{place}/{name}")]
     root = _directory_of(place) or Path(place)
@@ -211,7 +212,7 @@ def _of_text(text: str, where: str) -> list[Anchor]:
 
 
 def _directory_of(place: str) -> Path | None:
-    parts = urlsplit(place)
+    parts = split_url(place)
     return Path(unquote(parts.netloc + parts.path)) if parts.scheme == _FILE else None
 
 

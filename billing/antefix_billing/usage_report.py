@@ -151,6 +151,8 @@ def remedies(records: Iterable[UsageRecord], cards: RateCards | None) -> list[di
 
 
 def remedies_text(rows: Sequence[dict[str, str | int]], *, has_prices: bool) -> str:
+    if not rows:
+        return "no tokens that a longer time to live or a larger store would have saved"
     lines = []
     for row in rows:
         saved = f", {row['saves_at_most']} {row['currency']} at most" if has_prices else ""

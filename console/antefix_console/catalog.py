@@ -223,7 +223,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command(
         load=_generate,
         help="generate text from a prompt, streaming to the terminal",
-        example="antefix generate 'def fibonacci(n):' --max-tokens 64",
+        example="antefix generate 'class Test(unittest.TestCase):' --max-tokens 64",
     ),
     "demo": Command(
         load=_demo,

@@ -21,17 +21,28 @@ from typing import Any, Final
 import antefix
 from antefix import __version__
 from antefix.config import add_file_flags, add_flags, as_json, resolve
-from antefix.errors import AntefixError, ConfigError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix.errors import (
+    AntefixError,
+    ConfigError,
+    InternalError,
+    InvalidRequest,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
 from antefix.security import own_credentials
 from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
-from antefix_console.operator_credentials import find_credentials
+from antefix_console.operator_credentials import find_credentials, secret_file
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
 
 log = logging.getLogger("antefix.cli")
 
+_BEGIN: Final = (
+    "`antefix up` is the place to start. `antefix COMMAND --help` explains a command's flags and has an example."
+)
 # The optional dependencies, by extra; the router, the store and most commands work without them.
 _EXTRA_OF = {
     **dict.fromkeys(("torch", "safetensors", "triton"), "worker"),
@@ -91,7 +102,9 @@ def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argpa
     """The parser for these arguments, and the function that runs the command; None if no command is named."""
     # Only the requested command is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
-    parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
+    # The package's other lines are for programmers.
+    description = (antefix.__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="antefix", description=description, epilog=_BEGIN)
     parser.add_argument("--version", action="version", version=f"antefix {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run: Callable[[argparse.Namespace], int] | None = None
@@ -125,7 +138,13 @@ def _run(args: list[str]) -> int:
     assert run is not None
     if parsed.command != "serve":
         own_credentials.use_found(lambda: find_credentials(parsed, os.environ))
-    return run(parsed)
+    try:
+        return run(parsed)
+    except Unauthenticated as err:
+        # In a directory of another deployment, a command finds that deployment's secret.
+        if parsed.command == "serve" or "secret" not in str(err) or (secret := secret_file(parsed)) is None:
+            raise
+        raise Unauthenticated(f"{err}; this command showed {secret}: name the deployment's own --data-dir") from err
 
 
 def _subparser(

@@ -19,6 +19,8 @@ _HEARD: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 def main() -> int:
     """Run one command. Returns its exit code."""
     hear_signals(sys.argv[1:])
+    # gRPC's own lines about closed idle connections look like faults, and are no JSON in a log of JSON.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if _is_service(sys.argv[1:]) and not _has_directory():
         sys.stderr.write("antefix: the directory that this was started in is gone; start it in another one\n")
         return 2

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import ssl
-import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from antefix.config import require
+from antefix.split_url import split_url
 
 if TYPE_CHECKING:
     from antefix.block import TokenArray
@@ -33,7 +33,7 @@ def find_credentials(args: argparse.Namespace, environ: Mapping[str, str]) -> Cr
     from antefix.security.credentials import Credentials
     from antefix.security.identity import Role
 
-    token, directory, secret = environ.get(KEY_VARIABLE, ""), environ.get(DIRECTORY_VARIABLE), _secret_file(args)
+    token, directory, secret = environ.get(KEY_VARIABLE, ""), environ.get(DIRECTORY_VARIABLE), secret_file(args)
     is_given = directory is None or bool(directory.strip())
     require(is_given, f"{DIRECTORY_VARIABLE} is empty, which would be no TLS: unset it, or name a directory")
     if not (token or directory or secret):
@@ -61,7 +61,7 @@ def tls_for_url(url: str, *, shows_key: bool) -> ssl.SSLContext | None:
     from antefix.security.listening import check_calling
     from antefix.security.own_credentials import credentials_for
 
-    parts = urllib.parse.urlsplit(url)
+    parts = split_url(url)
     if parts.scheme != "https":
         if shows_key:
             check_calling(f"{parts.netloc}:0" if parts.port is None else parts.netloc, has_tls=False)
@@ -71,7 +71,8 @@ def tls_for_url(url: str, *, shows_key: bool) -> ssl.SSLContext | None:
     return ssl.create_default_context(cadata=ca)
 
 
-def _secret_file(args: argparse.Namespace) -> Path | None:
+def secret_file(args: argparse.Namespace) -> Path | None:
+    """The file with the secret that the command shows; None: there is none."""
     named = getattr(args, "secret_file", None)
     if named:
         return Path(named)

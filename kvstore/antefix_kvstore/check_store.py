@@ -18,7 +18,7 @@ from typing import Any, Final
 import lmdb
 import lmdb.verify
 
-from antefix.errors import BlockCorrupt, ConfigError, Unavailable
+from antefix.errors import BlockCorrupt, Unavailable
 from antefix.own_files import open_to_read, read_small
 from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND, Index
@@ -40,7 +40,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.disk import Disk
-from antefix_kvstore.identity import lock_directory
+from antefix_kvstore.identity import lock_directory, no_store
 from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_writer import read_segments
 from antefix_kvstore.recovery import rebuild_store
@@ -79,7 +79,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
     Raises:  ConfigError: not a store, or one that a service has open.
     """
     if not (directory / SEGMENT_DIR).is_dir():
-        raise ConfigError(f"{directory} is not an Antefix store")
+        raise no_store(directory)
     lock = lock_directory(directory)
     try:
         report = _check(directory, progress)

@@ -32,6 +32,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.segment_reader import wall_ms
 from antefix.text_table import text_table
+from antefix_kvstore.identity import no_store
 
 Progress = Callable[[int, int], None]
 NUM_LINES_MAX: Final = 40
@@ -107,7 +108,7 @@ def inspect(
     try:
         identity = unpack_identity(read_small(directory / STORE_FILE, STORE_HEADER.size))
     except (FileNotFoundError, NotADirectoryError) as err:
-        raise ConfigError(f"{directory} is not an Antefix store: it has no file {STORE_FILE}") from err
+        raise no_store(directory, f"it has no file {STORE_FILE}") from err
     except BlockCorrupt as err:
         raise ConfigError(f"{directory} is not an Antefix store: {err}") from err
     files = [path for path in (directory / SEGMENT_DIR).iterdir() if segment_number(path.name) is not None]

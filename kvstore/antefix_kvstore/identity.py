@@ -54,6 +54,15 @@ _KNOWN_FILES: Final = {
 }
 
 
+def no_store(directory: Path, why: str = "") -> ConfigError:
+    """The error for a directory that is not a store's. It names the store if the directory has one, as the data
+    directory of `antefix up` has.
+    """
+    inside = directory / "store"
+    hint = f"; its store is {inside}" if (inside / STORE_FILE).exists() else ""
+    return ConfigError(f"{directory} is not an Antefix store{why and ': '}{why}{hint}")
+
+
 def prepare_directory(directory: Path) -> None:
     """Raises:  ConfigError: the directory cannot be made or read, or it contains something other than a store."""
     try:

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from antefix.errors import ConfigError
 from antefix.record import Record, RecordKind, RecordName
 from antefix.store.record_source import records_of
 from antefix.store_files import codec
@@ -22,6 +21,7 @@ from antefix.store_files.index import TABLE_OF_KIND
 from antefix.store_files.read_runs import Decrypt
 from antefix.store_files.record_format import SEGMENT_DIR, IndexEntry, unpack_entry
 from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.identity import no_store
 from antefix_kvstore.index_writer import PLAN_PREFIX
 
 _BATCH_RECORDS: Final = 256
@@ -99,7 +99,7 @@ class StoreContents:
         read.
         """
         if not (directory / SEGMENT_DIR).is_dir():
-            raise ConfigError(f"{directory} is not an Antefix store")
+            raise no_store(directory)
         self.directory = directory
         self._reader = StoreReader(directory, decrypt=decrypt)
 

@@ -14,7 +14,7 @@ from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import moment_of
 from antefix_billing.ratecard import load_cards
 from antefix_billing.usage_record import Status
-from antefix_billing.usage_report import remedies, summarize
+from antefix_billing.usage_report import remedies, remedies_text, summarize
 from antefix_console.commands import usage as cli
 from tests.billing.test_ratecard import DEPLOY
 from tests.billing.usage_records import NOW_US, record
@@ -166,3 +166,7 @@ def test_an_hour_is_a_group_and_adjustments_are_told_apart():
     (line,) = summarize([record(currency="USD")], ("hour",), adjustments=[made])
     assert line.group == (moment_of(NOW_US).strftime("%Y-%m-%dT%H:00Z"),)
     assert (line.requests, line.adjusted) == (1, Decimal("-0.5"))
+
+
+def test_a_report_of_savings_says_that_there_are_none():
+    assert remedies_text([], has_prices=True).startswith("no tokens that a longer time to live")

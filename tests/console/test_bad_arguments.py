@@ -58,6 +58,30 @@ def test_senseless_numbers_are_a_wrong_call(args, capsys, monkeypatch):
     assert code == 2 and "Traceback" not in capsys.readouterr().err
 
 
+MALFORMED = ("http://[::1/", "http://127.0.0.1:99999", "http://h:port/v1", "https://", "nonsense", "ftp://h/")
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["top", "--url"],
+        ["load", "--generate", "agents", "--url"],
+        ["audit", "--yes", "--url"],
+        ["serve", "kvstore", "--dir", "/nonexistent/x", "--object-store"],
+        ["up", "--data-dir", "/nonexistent/x", "--object-store"],
+        ["usage", "archive", "--ledger", "/nonexistent/x", "--to"],
+        ["serve", "fleet", "--http-address", "127.0.0.1:0", "--secret-file", "/nonexistent/x", "--workers"],
+    ],
+    ids=lambda args: " ".join(args[:2]),
+)
+def test_a_malformed_url_is_a_wrong_call(args, url, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logs", lambda *_: None)
+    assert cli.main([*args, url]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and told.splitlines()[-1].startswith("antefix")
+
+
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("-3", -3), ("18446744073709551615", 2**64 - 1)])
 def test_numbers_that_are_some_are_taken(text, number):
     assert cli._whole_number(text) == number and cli._number(text) == float(number)

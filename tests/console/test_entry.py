@@ -1,11 +1,13 @@
 """How a command that runs in its own process begins and ends."""
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
-from antefix_console import entry
+from antefix.errors import Unauthenticated
+from antefix_console import cli, entry
 from tests.child_environment import child_environment
 
 PROGRAM = """
@@ -38,7 +40,35 @@ def test_an_interruption_while_modules_are_imported_shows_no_traceback(monkeypat
     monkeypatch.setattr(sys, "argv", ["antefix", "doctor"])
     monkeypatch.setattr(entry.atexit, "register", lambda *_: None)
     monkeypatch.setattr(entry.gc, "disable", lambda: None)
+    # Set first, so that the variable is taken away again after the test.
+    monkeypatch.setenv("GRPC_VERBOSITY", "")
+    monkeypatch.delenv("GRPC_VERBOSITY")
     assert entry.main() == 130
+    # Set before gRPC is imported: its lines about closed connections are no faults, and no JSON.
+    assert entry.os.environ["GRPC_VERBOSITY"] == "ERROR"
+
+
+def test_the_first_help_is_for_users_not_for_programmers(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a disaggregated prefix cache" in told and "import" not in told.partition("positional")[0]
+    assert "`antefix up` is the place to start" in told
+
+
+def test_a_refused_secret_is_named_with_its_file(tmp_path, monkeypatch, capsys):
+    """A command in a directory of another deployment shows that deployment's secret."""
+    (tmp_path / "secret").write_text("aa" * 32)
+    (tmp_path / "secret").chmod(0o600)
+
+    def refused(_):
+        raise Unauthenticated("the service token was not made with this deployment's secret for this call")
+
+    monkeypatch.setattr(cli, "parser_of", lambda _: (argparse.ArgumentParser(), refused))
+    given = argparse.Namespace(command="window", data_dir=tmp_path)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: given)
+    assert cli.main(["window"]) == 1
+    assert f"this command showed {tmp_path}/secret: name the deployment's own --data-dir" in capsys.readouterr().err
 
 
 @pytest.mark.services

@@ -49,6 +49,20 @@ def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], t
     assert capsys.readouterr().err == f"antefix: {tmp_path}/nothing is not an Antefix store: it has no file STORE\n"
 
 
+def test_the_data_directory_is_no_store_but_its_store_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "STORE").touch()
+    for command in (
+        ["inspect", str(tmp_path)],
+        ["fsck", str(tmp_path)],
+        ["store", "copy", str(tmp_path), str(tmp_path / "copy")],
+    ):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.endswith(f"; its store is {tmp_path}/store\n")
+
+
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_inspect_shows_tenant_and_user_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]

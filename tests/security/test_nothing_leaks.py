@@ -20,7 +20,7 @@ from antefix_billing.api_keys import KeyBook, Scope, new_key
 from antefix_billing.key_file import write_book
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
-from antefix_router.gateway.http_errors import Provider, error_body
+from antefix_router.gateway.http_errors import NotFound, Provider, error_body
 from antefix_router.gateway.notes import IgnoredFields, Notes
 from tests.waiting import AT_MOST_S
 
@@ -228,6 +228,13 @@ def test_errors_from_behind_the_door_go_out_without_places(provider, caplog):
     # A client's own text may come back unchanged.
     _, body = error_body(errors.InvalidRequest("no image at http://example.com/a.png is read"), provider)
     assert "http://example.com/a.png" in str(body)
+    _, body = error_body(NotFound("there is no POST /v1/embeddings"), provider)
+    assert "there is no POST /v1/embeddings" in str(body)
+
+
+def test_a_request_that_ran_out_of_time_learns_which_limit_it_was():
+    status, body = error_body(errors.DeadlineExceeded("the time was over"), Provider.OPENAI)
+    assert status == 504 and "(--http-timeout-s): ask for fewer output tokens" in body["error"]["message"]
 
 
 def test_the_same_over_grpc(caplog):

@@ -168,3 +168,11 @@ def test_the_limit_of_connections_leaves_descriptors():
     name, most = rpc._connections_limit()
     assert name == "grpc.max_allowed_incoming_connections"
     assert 8 <= most <= max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
+@pytest.mark.parametrize("details", ["Deadline Exceeded", "Stream removed (Deadline Exceeded)", ""])
+def test_a_call_that_ran_out_of_time_says_so_in_our_words(details):
+    none = grpc.aio.Metadata()
+    err = rpc.from_rpc_error(grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, none, none, details=details))
+    assert isinstance(err, errors.DeadlineExceeded)
+    assert str(err) == "the time allowed for this call was over before the answer was complete"

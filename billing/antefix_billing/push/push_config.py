@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from antefix.checked_files import read_toml
 from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.private_file import read_private
 from antefix.security.listening import is_loopback
+from antefix.split_url import split_url
 
 KINDS: Final = ("openmeter", "lago", "stripe", "webhook")
 UNMAPPED: Final = ("dead_letter", "skip", "name")
@@ -74,7 +74,7 @@ def _sink(table: Table, beside: Path) -> SinkConfig:
     if not name.replace("-", "").replace("_", "").isalnum():
         raise table.wrong("name", "letters, digits, - and _", name)
     url = table.text("url", _URLS.get(kind))
-    parts = urlsplit(url)
+    parts = split_url(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         raise table.wrong("url", "an https:// URL, or http:// to this host", url)
     key_file = beside / table.text("key_file")

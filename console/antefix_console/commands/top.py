@@ -18,10 +18,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from antefix.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
 from antefix.security.listening import is_loopback
+from antefix.split_url import is_http_url, split_url
 from antefix_console.commands.endpoint_flags import read_key
 from antefix_console.operator_credentials import tls_for_url
 from antefix_console.top.screen import Choice, screen
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0.2 <= args.every_s <= 3600:
         raise InvalidRequest("--every-s must be from 0.2 to 3600")
     key = read_key(args.key_file) if args.key_file else ""
+    args.url = _router_url(args.url)
     data = _read(args.url, key)
     if args.json:
         print(json.dumps(data, indent=1))
@@ -106,14 +107,23 @@ def _pressed(within_s: float) -> str:
 def _opener(url: str, context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
     """Opens the URL without the environment's proxy for addresses of this host, which a proxy cannot reach."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
-    if is_loopback(urlsplit(url).hostname or ""):
+    if is_loopback(split_url(url).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))
     return urllib.request.build_opener(*handlers)
 
 
+def _router_url(url: str) -> str:
+    """The URL of the router's HTTP server. Also takes the address of its API, as `antefix up` prints it (with /v1), and
+    that of the page (with /ui).
+    """
+    if not is_http_url(url):
+        raise InvalidRequest(f"{url!r} is no URL of a router: such a URL begins with http:// or https://, then a host")
+    return url.rstrip("/").removesuffix("/v1").removesuffix("/ui")
+
+
 def _read(url: str, key: str) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/ui/data?seconds=3600", headers=headers)
+    request = urllib.request.Request(f"{url}/ui/data?seconds=3600", headers=headers)
     context = tls_for_url(url, shows_key=bool(key))
     try:
         with _opener(url, context).open(request, timeout=10) as answer:

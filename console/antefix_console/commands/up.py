@@ -24,6 +24,7 @@ from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.orphans import reap_orphans
+from antefix_console.preflight import check_before_start
 from antefix_console.supervise import GaveUp, Supervisor
 
 
@@ -210,6 +211,7 @@ def run(args: argparse.Namespace) -> int:
         log_format=args.log_format,
         traces=args.traces,
     )
+    check_before_start(config)
     return asyncio.run(_run(config, as_json=args.json))
 
 
@@ -330,5 +332,7 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
         where, metrics = f"{row['address']:<22} pid {row['pid']:<8}", f"http://{row['metrics_address']}/metrics"
         lines.append(f"{row['role']:<8} {where} metrics {metrics}{more}")
     lines += [f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1" for http_address in http_addresses]
-    lines += ["", f"Try:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'"]
+    lines += [f"Page with load and hits at http://{http_address}/ui" for http_address in http_addresses[:1]]
+    router = deployment.one("router").address
+    lines += ["", f"Try:  antefix generate --router {router} 'class Test(unittest.TestCase):'"]
     _say("\n".join([*lines, "Ctrl-C stops everything."]), sys.stdout)

@@ -137,8 +137,9 @@ def run_rerate(args: argparse.Namespace, chosen: Callable[[UsageRecord], bool]) 
     if args.json:
         sys.stdout.write(json.dumps({"records": len(every), "amounts": amounts, "written": not args.dry_run}) + "\n")
     else:
-        said = ", ".join(f"{amount} {currency}" for currency, amount in amounts.items()) or "nothing"
-        sys.stdout.write(f"{len(every)} records {'would be' if args.dry_run else 'were'} adjusted by {said}\n")
+        said = ", ".join(f"{amount} {currency}" for currency, amount in amounts.items())
+        by = f" by {said}" if said else ""
+        sys.stdout.write(f"{len(every)} records {'would be' if args.dry_run else 'were'} adjusted{by}\n")
     return 0
 
 

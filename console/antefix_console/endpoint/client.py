@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 from antefix.errors import InvalidRequest, Unavailable
 from antefix.security.listening import is_loopback
+from antefix.split_url import is_http_url, split_url
 from antefix_console.endpoint.dialects import DIALECTS, Stream
 from antefix_console.endpoint.reply import Question, Reply
 
@@ -46,8 +46,10 @@ class EndpointConfig:
     def __post_init__(self) -> None:
         if self.api not in DIALECTS:
             raise InvalidRequest(f"unknown API {self.api!r}: use one of {', '.join(DIALECTS)}")
-        if not self.url.startswith(("http://", "https://")):
-            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: such a URL begins with http:// or https://")
+        if not is_http_url(self.url):
+            raise InvalidRequest(
+                f"{self.url!r} is no URL of an endpoint: such a URL begins with http:// or https://, then a host"
+            )
 
     def __repr__(self) -> str:
         return f"{self.api} at {self.url}"
@@ -68,7 +70,7 @@ class EndpointClient:
             headers=self._dialect.headers(self.config.key),
             timeout=httpx.Timeout(self.config.timeout_s),
             # A proxy from the environment cannot reach this host's own addresses.
-            trust_env=not is_loopback(urlsplit(self.config.url).hostname or ""),
+            trust_env=not is_loopback(split_url(self.config.url).hostname or ""),
             limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=_CONNECTIONS_MAX),
         )
         return self
@@ -88,7 +90,10 @@ class EndpointClient:
         if not self.model:
             listed = await self.models()
             if not listed:
-                raise InvalidRequest(f"{self.config.url}/models lists no model: name one with --model")
+                raise InvalidRequest(
+                    f"{self.config.url.rstrip('/')}/models lists no model: name one with --model, or correct the URL,"
+                    " which includes the API's version, as in http://127.0.0.1:8000/v1"
+                )
             self.model = listed[0]
         return self.model
 

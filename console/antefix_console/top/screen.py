@@ -75,11 +75,12 @@ def _totals(data: dict[str, Any]) -> str:
     rates = "  ".join(
         f"{name} {_rate(over[span])}" for span, name in (("60", "1 min"), ("300", "5 min"), ("3600", "1 hour"))
     )
-    ttft = over["300"]["ttft_s"] / over["300"]["num_with_ttft"] if over["300"]["num_with_ttft"] else 0.0
+    number = over["300"]["num_with_ttft"]
+    ttft = f"{1e3 * over['300']['ttft_s'] / number:.0f} ms" if number else "-"
     return (
         f"hit rate  {rates}  since the start {_rate(total)}\n"
         f"running {data['running']}  ended {total['requests']:,}  failed {total['failed']:,}"
-        f"  refused {data['refused']:,}  first token {1e3 * ttft:.0f} ms (mean of 5 min)  saved {total['saved']:.4g}"
+        f"  refused {data['refused']:,}  first token {ttft} (mean of 5 min)  saved {total['saved']:.4g}"
     )
 
 

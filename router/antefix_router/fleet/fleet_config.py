@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 from antefix.config import require, setting
 from antefix.errors import ConfigError
 from antefix.redis_access import check_redis_url
 from antefix.security.listening import is_loopback
 from antefix.security.process_security import credentials_setting
+from antefix.split_url import is_http_url, split_url
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -147,11 +147,8 @@ _IN_THE_CLEAR: Final = (
 
 def _url(worker: str, *, plain: bool) -> tuple[str, str]:
     """The URL and its host."""
-    parts = urlsplit(worker)
-    try:
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
-    except ValueError:
-        fits = False
+    parts = split_url(worker, "--workers")
+    fits = is_http_url(worker) and parts.port != 0 and not parts.query
     require(fits, f"--workers: {worker!r} is not the URL of an OpenAI door, such as http://127.0.0.1:8000")
     host = parts.hostname or ""
     if parts.scheme == "http" and not plain and not is_loopback(host):

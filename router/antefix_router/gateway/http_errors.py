@@ -96,9 +96,12 @@ def _told(err: Exception, status: int) -> str:
     """Errors about the client's own input are shown unchanged. For errors inside the service, internal addresses are
     left out.
     """
-    message = without_places(str(err)) if not isinstance(err, errors.InvalidRequest) or status >= 500 else str(err)
+    is_about_input = isinstance(err, (errors.InvalidRequest, NotFound)) and status < 500
+    message = str(err) if is_about_input else without_places(str(err))
     if status >= 500:
         log.warning("answered %d: %s: %s", status, type(err).__name__, err)
+    if status == 504:
+        message += "; this server has a limit on the time of a request (--http-timeout-s): ask for fewer output tokens"
     return message
 
 
