@@ -271,6 +271,8 @@ def earlier(file: Path | None, num_clients: int) -> dict[str, Any] | None:
     if file is None or not file.exists():
         return None
     before: dict[str, Any] = json.loads(file.read_text())
+    if "recovery_s" not in before:
+        raise SystemExit(f"{file} is of an older version, which kept no single times: write to another file")
     if before["clients"] != num_clients:
         raise SystemExit(f"{file} has runs with {before['clients']} clients, not {num_clients}")
     return before

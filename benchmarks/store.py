@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -371,7 +372,8 @@ def main() -> None:
     out = {"model": args.model, "block_bytes": int(payloads.shape[1]), "repeats": args.repeats, **out}
     out["run_s"] = round(time.monotonic() - started_s)
     if args.record:
-        run_record.write(args.record, out, "lmdb", "xxhash", "grpcio")
+        compiler = ["llvmlite"] if find_spec("llvmlite") else []
+        run_record.write(args.record, out, "lmdb", "xxhash", "grpcio", *compiler)
     if args.json:
         sys.stdout.write(json.dumps(out) + "\n")
     else:

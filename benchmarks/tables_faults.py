@@ -15,6 +15,26 @@ _REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json", "faults_
 _CAMPAIGN = ("histories.json", *_REAL, "soak_short_ttls.json", "fuzz.json")
 
 
+# By the beginning of a fault's name, the kind of fault that a column's head names.
+_KINDS = {
+    "kill": "kills",
+    "stop": "stops",
+    "link": "links",
+    "segment": "files",
+    "few": "descriptors",
+    "full": "disks",
+    "read-only": "mounts",
+    "clock": "clocks",
+    "redis": "Redis",
+}
+
+
+def _kinds(record: Any) -> str:
+    """The kinds of faults of a run."""
+    names = record["by_fault"]
+    return ", ".join(said for begin, said in _KINDS.items() if any(name.startswith(begin) for name in names))
+
+
 def _clients(record: Any) -> str:
     number = record.get("clients", 1)
     return "one client" if number == 1 else f"{number} clients"
@@ -25,8 +45,7 @@ def campaign(records: Any) -> Iterable[Row]:
     """All runs with faults: the number of checks, the counts that must be 0, the recovery times, the inputs."""
     sums, soak, fuzz = (records[name] for name in ("histories.json", "soak_short_ttls.json", "fuzz.json"))
     sums, done, real = sums["sums"], soak["requests"], [records[name] for name in _REAL]
-    whats = ("also disks and clocks", "read-only mounts", "links, kills, files", "Redis")
-    heads = (f"real processes: {what}, {_clients(each)}" for what, each in zip(whats, real, strict=True))
+    heads = (f"real processes, {_clients(each)}: {_kinds(each)}" for each in real)
     yield "", "simulated histories", *heads, "load and kills, short TTLs", "wanted"
 
     def row(said: str, simulated: str, key: str | Callable[[Any], Any], hour: object = "", wanted: str = "") -> Row:
