@@ -106,6 +106,15 @@ class RedisAccess:
         return Redis.from_url(url, **options)
 
 
+def redis_failures() -> tuple[type[Exception], ...]:
+    """The errors that are raised when Redis cannot be reached. The client is imported only here, because that takes a
+    noticeable part of a service's start, also of one that uses no Redis.
+    """
+    from redis.exceptions import RedisClusterException, RedisError
+
+    return (RedisError, RedisClusterException, OSError, TimeoutError)
+
+
 class _Credentials:
     """User and password, read at each connection. Its repr shows neither."""
 

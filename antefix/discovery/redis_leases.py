@@ -26,7 +26,7 @@ from antefix.end_tasks import end_tasks
 from antefix.errors import Unavailable
 from antefix.events.event_seal import EventKeys, Stamps
 from antefix.keep_running import keep_running
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, redis_failures
 from antefix.registration import AGE_S_MAX
 
 log = logging.getLogger("antefix.discovery")
@@ -69,7 +69,7 @@ class ServiceLease:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._redis.hdel(_hash_of(self._role), self._name)
-        except _failures() as failure:
+        except redis_failures() as failure:
             log.info(
                 "this service's lease could not be removed from Redis and stays there until it expires: %s", failure
             )
@@ -82,7 +82,7 @@ class ServiceLease:
                 async with asyncio.timeout(_TIMEOUT_S):
                     await self._redis.hset(_hash_of(self._role), self._name, self._statement())
                 answers = True
-            except _failures() as err:
+            except redis_failures() as err:
                 if answers:
                     log.warning("Redis does not accept this service's lease: %s: %s", type(err).__name__, err)
                 answers = False
@@ -115,7 +115,7 @@ class LeaseReader:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 statements: dict[Any, Any] = await self._redis.hgetall(_hash_of(self._role))
-        except _failures() as err:
+        except redis_failures() as err:
             raise Unavailable(f"leases cannot be read from Redis: {type(err).__name__}: {err}") from err
         now, alive, stale = self._clock(), set(), []
         for name, text in list(statements.items())[:_NUM_SERVICES_MAX]:
@@ -166,14 +166,5 @@ class LeaseReader:
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._redis.hdel(_hash_of(self._role), *names)
-        except _failures() as err:
+        except redis_failures() as err:
             log.debug("old leases could not be removed from Redis: %s", err)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """The errors that are raised when Redis cannot be reached. The Redis client is imported only here, because
-    importing it takes a noticeable part of a service's start.
-    """
-    from redis.exceptions import RedisClusterException, RedisError
-
-    return (RedisError, RedisClusterException, OSError, TimeoutError)

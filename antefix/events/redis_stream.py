@@ -26,14 +26,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from redis.exceptions import RedisClusterException, RedisError
-
 from antefix.end_tasks import end_tasks
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
 from antefix.events.event_seal import DropReason, EventCheck, EventKeys, Stamps
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
 from antefix.keep_running import keep_running
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, redis_failures
 
 log = logging.getLogger("antefix.events")
 
@@ -48,7 +46,6 @@ _ENTRIES_MAX: Final = 256
 _BLOCK_MS: Final = 1_000
 _TIMEOUT_S: Final = 3.0
 _RETRY_S: Final = 0.5
-_FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
 def connect(where: RedisAccess | str) -> Any:
@@ -117,7 +114,7 @@ class StreamPublisher:
                     while await self._tell_some(redis):
                         pass
                     answers = True
-                except _FAILURES as err:
+                except redis_failures() as err:
                     if answers:
                         log.warning("Redis does not accept events: %s: %s", type(err).__name__, err)
                     answers = False
@@ -206,7 +203,7 @@ class StreamReader:
                     await self._find_place(stream)
                     in_step = True
                 await self._read(stream)
-            except _FAILURES as err:
+            except redis_failures() as err:
                 if in_step and stream == self._streams[0]:
                     log.warning("events cannot be read from Redis: %s: %s", type(err).__name__, err)
                 in_step = False

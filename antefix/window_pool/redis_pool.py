@@ -13,12 +13,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
-from redis.asyncio import RedisCluster
-from redis.exceptions import RedisClusterException, RedisError
-
 from antefix.errors import BlockCorrupt, Unavailable
 from antefix.record import Record
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, redis_failures
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.window_pool.pool_api import NAMES_MAX, Found
 from antefix.window_pool.pool_format import HEADER_BYTES, is_owned, pack, unpack
@@ -143,6 +140,8 @@ class RedisWindowPool:
             raise Unavailable("the Redis server of the window pool does not say how much memory it uses") from err
 
     async def _told_bytes(self) -> int:
+        from redis.asyncio import RedisCluster
+
         if isinstance(self._redis, RedisCluster):
             nodes = await self._ask(self._redis.info("memory", target_nodes=RedisCluster.PRIMARIES))
             infos = nodes.values() if all(isinstance(info, dict) for info in nodes.values()) else [nodes]
@@ -158,7 +157,7 @@ class RedisWindowPool:
             # The client's own timeouts are per socket operation: a trickling server would pass them for minutes.
             async with asyncio.timeout(4 * self._timeout_s):
                 return await call
-        except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
+        except redis_failures() as err:
             self._down_until_s = time.monotonic() + self._down_s
             raise Unavailable(f"the window pool does not answer: {str(err) or type(err).__name__}") from err
 

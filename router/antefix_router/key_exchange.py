@@ -12,10 +12,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from redis.exceptions import RedisClusterException, RedisError
-
 from antefix.errors import ConfigError, Conflict, Unavailable
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, redis_failures
 from antefix.secret import Keyring
 from antefix.whole_number import whole_number
 from antefix_billing.api_keys import KeyBook, from_json, to_json
@@ -77,5 +75,5 @@ class KeyExchange:
         try:
             async with asyncio.timeout(2 * _TIMEOUT_S):
                 return await call
-        except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
+        except redis_failures() as err:
             raise Unavailable(f"Redis does not answer: {type(err).__name__}") from err

@@ -62,12 +62,12 @@ async def test_a_hostile_schema_is_ended_while_the_loop_goes_on_and_the_next_is_
     asking = asyncio.create_task(check.check(of(schema)))
     num_turns, begun = 0, time.thread_time()
     while not asking.done():
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
         num_turns += 1
     with pytest.raises(UnusableGrammar, match="2 s"):
         await asking
     # The work takes 2 s of processor time, but not in this thread, and this thread does not wait for it.
-    assert num_turns > 10 and time.thread_time() - begun < 1.0
+    assert num_turns > 3 and time.thread_time() - begun < 1.0
     second = check._process
     # The grammar is now known, so it does not need a process again.
     with pytest.raises(UnusableGrammar, match="2 s"):

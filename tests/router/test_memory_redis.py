@@ -138,7 +138,9 @@ async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start
     # Redis comes back empty, as after a crash without persistence. The worker's ring still has the unsent events.
     server.start()
     await until(rack.is_known)
-    assert [feed.counters.num_snapshots for feed, _ in rack.routers] == settled
+    # An event sent before the router has its place in the new Redis is a gap, which costs only one more snapshot.
+    (after,) = [feed.counters.num_snapshots for feed, _ in rack.routers]
+    assert after - settled[0] in (0, 1)
     assert leading(directory, worker.address, CHAIN) == 60
     directory.guess(worker.address, keys_of(CHAIN))
     assert leading(directory, worker.address, CHAIN) == 60

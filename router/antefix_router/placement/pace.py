@@ -50,25 +50,18 @@ def without_slow(workers: Sequence[Worker], now: float) -> Sequence[Worker]:
 
 def slow_ones(workers: Sequence[Worker]) -> list[Worker]:
     """The workers that are far behind the best one, by one of three measures. The time is linear in their number."""
-    paces = [(_rtt_s(worker), worker.pace.gap_s, _token_s(worker)) for worker in workers]
-    limits = [
-        max(least_s, SLOW_FACTOR * min((seconds for seconds in measured if seconds), default=inf))
-        for measured, least_s in zip(zip(*paces, strict=True), (_RTT_S_MIN, _GAP_S_MIN, 0.0), strict=False)
-    ]
-    return [
-        worker
-        for worker, own in zip(workers, paces, strict=True)
-        if any(seconds > limit for seconds, limit in zip(own, limits, strict=True))
-    ]
-
-
-def _rtt_s(worker: Worker) -> float:
-    return worker.pulse.rtt_s if worker.pulse is not None else 0.0
-
-
-def _token_s(worker: Worker) -> float:
-    rate = worker.backlog.tokens_per_s
-    return 1.0 / rate if rate else 0.0
+    measured = (
+        ([worker.pulse.rtt_s if worker.pulse is not None else 0.0 for worker in workers], _RTT_S_MIN),
+        ([worker.pace.gap_s for worker in workers], _GAP_S_MIN),
+        ([1.0 / rate if rate else 0.0 for rate in [worker.backlog.tokens_per_s for worker in workers]], 0.0),
+    )
+    late: set[int] = set()
+    for seconds, least_s in measured:
+        limit = max(least_s, SLOW_FACTOR * min(filter(None, seconds), default=inf))
+        # Nearly always no worker is late, and then one comparison shows it.
+        if max(seconds, default=0.0) > limit:
+            late.update(number for number, own in enumerate(seconds) if own > limit)
+    return [workers[number] for number in sorted(late)]
 
 
 def _faded(before: float, now: float) -> float:

@@ -20,10 +20,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, Final
 
-from redis.exceptions import RedisClusterException, RedisError
-
 from antefix.errors import Conflict, Unavailable
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, redis_failures
 from antefix.secret import Keyring
 from antefix.whole_number import whole_number
 from antefix_billing.request_account import RequestAccount, RunningAt
@@ -118,7 +116,7 @@ class BillExchange:
         try:
             async with asyncio.timeout(2 * _TIMEOUT_S):
                 return await call
-        except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
+        except redis_failures() as err:
             raise Unavailable(f"Redis does not answer: {type(err).__name__}") from err
 
     def _sealed(self, key: str, account: RequestAccount) -> bytes:
