@@ -11,7 +11,7 @@ from benchmarks.tables import Row, table
 ROLES = ("router", "prefill", "decode", "kvstore", "antefix")
 
 
-_REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json", "faults_redis.json")
+_REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json", "faults_redis.json", "faults_load.json")
 _CAMPAIGN = ("histories.json", *_REAL, "soak_short_ttls.json", "fuzz.json")
 
 
