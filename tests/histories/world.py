@@ -319,6 +319,9 @@ class Gone:
 
         Raises:  Unavailable: the store went away.
         """
+        if self._is_set:
+            # It went while the last batch was on its way, so nothing would end the wait any more.
+            raise Unavailable("the store went away")
         task = asyncio.current_task()
         assert task is not None
         self._waiting[task] = None
