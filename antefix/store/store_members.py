@@ -154,13 +154,14 @@ class Members:
 
     def _known(self, number: int, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
         """Which blocks a store has according to its events or to this call's router; None if neither tells, so that the
-        store must be asked.
+        store must be asked. A tier that is only read has its index in this process, which reads look into in any case,
+        and the router's index of it may be older.
         """
         feed = self.feed(number)
         if feed is not None and (known := feed.held(hashes, fingerprint=fingerprint)) is not None:
             return known
         located = told()
-        if located is None or self.is_near(number):
+        if located is None or self.is_near(number) or number >= len(self.stores):
             return None
         return located.of(self.tiers[number].name, hashes, fingerprint)
 

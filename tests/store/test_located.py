@@ -9,6 +9,8 @@ from antefix.located import Located, ReadSpeed, tell, told
 from antefix.located_wire import hints_from_wire, hints_to_wire, speeds_from_wire, speeds_to_wire
 from antefix.record import Held, RecordKind
 from antefix.store.many_stores import ManyStores
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix.v1 import worker_pb2
 from tests.kvstore.small_store import FINGERPRINT
 from tests.store.many_embedded import OWNER, PROMPT, rack_of
@@ -112,6 +114,16 @@ async def test_a_stale_report_costs_a_shorter_prefix_and_no_wrong_byte(tmp_path)
         assert await rack.num_restored() == 20
         tell(None)
         assert await rack.num_restored() == 40
+
+
+async def test_an_older_report_hides_nothing_of_a_tier_whose_index_is_here(tmp_path):
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("c", 0, 40)
+        objects = Tier("file", TierKind.OBJECT, rack.stores["c"])
+        many = ManyStores(rack.members[:1], more=[objects])
+        tell(Located(chain=PROMPT.hashes, fingerprint=FINGERPRINT, held={objects.name: Held()}))
+        found = await many.lookup(PROMPT.hashes, fingerprint=FINGERPRINT, tenant=OWNER)
+        assert found.num_blocks == 40
 
 
 async def test_a_store_that_was_not_spoken_for_is_asked(tmp_path):
