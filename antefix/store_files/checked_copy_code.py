@@ -15,6 +15,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from antefix.store_files.checked_copy import ROW_WORDS
 from antefix.store_files.record_format import RECORD_HEADER_BYTES
 
 _WORD, _INT, _BYTE = ir.IntType(64), ir.IntType(32), ir.IntType(8)
@@ -24,7 +25,6 @@ _QUARTER = ir.VectorType(_WORD, 2)
 # ssize_t preadv2(int fd, const struct iovec *, int count, off_t offset, int flags)
 _PREADV2 = ir.FunctionType(_WORD, [_INT, _POINTER, _INT, _WORD, _INT])
 _STRIPE, _STRIPES_PER_BLOCK, _BLOCK = 64, 16, 1024
-_ROW_WORDS: Final = 5
 
 _PRIME32_1, _PRIME32_2, _PRIME32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 _PRIME64_1, _PRIME64_2, _PRIME64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
@@ -87,8 +87,8 @@ def _define_read(module: ir.Module, secret: Any, piece_bytes: int) -> None:
     begin = function.append_basic_block("first piece")
     b.cbranch(b.icmp_signed("<", number, num_rows), begin, done)
     b.position_at_end(begin)
-    fields = b.bitcast(_at(b, rows, b.mul(number, _WORD(8 * _ROW_WORDS))), _WORD.as_pointer())
-    offset, into, nbytes, header, digest = (b.load(b.gep(fields, [_WORD(each)])) for each in range(_ROW_WORDS))
+    fields = b.bitcast(_at(b, rows, b.mul(number, _WORD(8 * ROW_WORDS))), _WORD.as_pointer())
+    offset, into, nbytes, header, digest = (b.load(b.gep(fields, [_WORD(each)])) for each in range(ROW_WORDS))
     b.branch(piece)
 
     # 2. One piece of it after the other. The last one has at least a stripe.
