@@ -30,6 +30,7 @@ from antefix.errors import (
     Unauthenticated,
     Unavailable,
 )
+from antefix.extras import needs
 from antefix.security import own_credentials
 from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as err:
         if err.name not in _EXTRA_OF:
             raise
-        print(f"antefix: this needs {err.name}: pip install 'antefix[{_EXTRA_OF[err.name]}]'", file=sys.stderr)
+        print(f"antefix: {needs('this command', err.name, _EXTRA_OF[err.name])}", file=sys.stderr)
         return EXIT_USAGE
     except InvalidRequest as err:
         return _fail(err, EXIT_USAGE)
