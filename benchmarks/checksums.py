@@ -74,7 +74,7 @@ def least_s(call: Callable[[], object], rounds: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     random = np.random.default_rng(0)

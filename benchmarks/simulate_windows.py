@@ -1,12 +1,14 @@
 """What hit rate does each window strategy give on real traces, and at what cost, by store size?
 
-    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows [--quick]
-        [--json benchmarks/results/simulate_windows.json]
+    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows --stores endless \
+        --json benchmarks/results/simulate_windows.json
+    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows --stores limited \
+        --json benchmarks/results/simulate_windows_limited.json
 
 Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with
 an endless store and with bounded ones, and without replay. Writes JSON and SVGs for each trace; --json writes the
 record of docs/results/window_state.md, break-even included. Two processes need about ten minutes,
-or a minute with --quick.
+one of them for endless stores.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def carry_out(job: Job) -> Simulation:
     )
 
 
-def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
+def jobs(directory: Path, *, model: str, stores: Sequence[str]) -> list[Job]:
     found = [source for source in SOURCES if (directory / source.file).is_file()]
     endless = [
         Job(source=source, directory=directory, store_bytes=None, replay=replay, model=model)
@@ -110,14 +112,15 @@ def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
         for source in found
         for size in source.store_gb
     ]
-    return endless if quick else endless + bounded
+    return [*(endless if "endless" in stores else ()), *(bounded if "limited" in stores else ())]
 
 
 def write(simulations: Sequence[Simulation], out: Path, label: str) -> None:
     """Write one JSON file with all results, a plot of the endless store, and a plot over the store sizes."""
     (out / f"{label}.json").write_text(json.dumps([s.as_dict() for s in simulations], indent=1))
     replayed = [s for s in simulations if "no replay" not in s.trace]
-    plot([s for s in replayed if s.store_bytes is None], out / f"{label}_endless.svg")
+    if endless := [s for s in replayed if s.store_bytes is None]:
+        plot(endless, out / f"{label}_endless.svg")
     bounded = [s for s in replayed if s.store_bytes is not None]
     if len(bounded) > 1:
         plot(bounded, out / f"{label}_stores.svg")
@@ -148,10 +151,12 @@ def main() -> int:
         help="model whose KV sizes and compute costs are used",
     )
     parser.add_argument("--json", type=Path, help="also write the record here")
-    parser.add_argument("--quick", action="store_true", help="endless stores only")
+    parser.add_argument(
+        "--stores", nargs="+", choices=("endless", "limited"), default=("endless", "limited"), help="sizes to simulate"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = jobs(args.traces, model=args.model, quick=args.quick)
+    todo = jobs(args.traces, model=args.model, stores=args.stores)
     if not todo:
         sys.stderr.write(f"no trace found in {args.traces}\n")
         return 2

@@ -145,7 +145,9 @@ def _run(args: list[str]) -> int:
         # In a directory of another deployment, a command finds that deployment's secret.
         if parsed.command == "serve" or "secret" not in str(err) or (secret := secret_file(parsed)) is None:
             raise
-        raise Unauthenticated(f"{err}; this command showed {secret}: name the deployment's own --data-dir") from err
+        raise Unauthenticated(
+            f"{err}; this command showed {secret}: name the deployment's own --data-dir or --secret-file"
+        ) from err
 
 
 def _subparser(
