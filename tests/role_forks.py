@@ -154,8 +154,16 @@ class RoleForks:
         if key not in self._servers and any(role == start.role for role, _ in self._servers):
             self._servers[key] = None
         elif self._servers.get(key) is None:
+            self._close_second(start.role)
             self._servers[key] = ForkServer(start)
         return self._servers[key]
+
+    def _close_second(self, role: str) -> None:
+        """A role has two servers at most, as one takes up to 250 MB. Most tests need the first."""
+        of_role = [key for key, server in self._servers.items() if key[0] == role and server is not None]
+        for key in of_role[1:]:
+            if (server := self._servers.pop(key)) is not None:
+                server.close()
 
 
 @contextlib.contextmanager

@@ -106,8 +106,17 @@ def test_other_starts_are_left_alone(command, changes, monkeypatch):
 
 
 def test_surroundings_that_only_one_test_has_get_no_server(monkeypatch):
-    made = []
-    monkeypatch.setattr(forks, "ForkServer", lambda start: made.append(start) or start)
+    made, closed = [], []
+
+    class Server:
+        def __init__(self, start):
+            self.environment = start.environment[0]
+            made.append(self.environment)
+
+        def close(self):
+            closed.append(self.environment)
+
+    monkeypatch.setattr(forks, "ForkServer", Server)
     role_forks = RoleForks()
 
     def servers(role, *environments):
@@ -120,7 +129,10 @@ def test_surroundings_that_only_one_test_has_get_no_server(monkeypatch):
     with monkeypatch.context() as limited:
         limited.setattr(forks, "LIMITS", forks.LIMITS[1:])
         assert servers("decode", b"A=1") == [False]
-    assert len(made) == 3
+    assert (made, closed) == ([b"A=1", b"A=1", b"A=2"], [])
+    # A second environment's server makes room for the next one's, the first stays.
+    assert servers("decode", b"A=3", b"A=1", b"A=2") == [True, True, False]
+    assert closed == [b"A=2"]
 
 
 def test_a_server_that_cannot_fork_leaves_the_start_to_python(monkeypatch):
