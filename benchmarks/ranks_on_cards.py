@@ -55,6 +55,7 @@ from benchmarks import run_record
 from benchmarks.attention_floor import attention_work
 from benchmarks.card_restore import Bench
 from benchmarks.drawn_flash import draw_share, draw_with_exchanges, timed_exchanges
+from benchmarks.loading_on_card import write
 from benchmarks.ttft import direct_read_rate
 
 TINY = Path(__file__).parents[1] / "models" / "antefix-tiny"
@@ -295,8 +296,6 @@ async def measure_restore(args: argparse.Namespace, found: Found) -> None:
 
 
 async def measure_services(args: argparse.Namespace, found: Found) -> None:
-    from benchmarks.weights_on_card import write
-
     with tempfile.TemporaryDirectory(prefix="antefix-ranks-", dir=args.data_dir) as scratch:
         directory = Path(scratch) / "model"
         directory.mkdir()
