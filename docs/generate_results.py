@@ -33,7 +33,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tables, tables_cards, tables_engines, tables_faults, tables_services, tables_tiers  # noqa: E402, F401
+from benchmarks import (  # noqa: E402
+    tables,
+    tables_cards,  # noqa: F401
+    tables_engines,  # noqa: F401
+    tables_faults,  # noqa: F401
+    tables_services,  # noqa: F401
+    tables_tiers,  # noqa: F401
+    tables_windows,  # noqa: F401
+)
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN_FILES = 3
