@@ -1,6 +1,6 @@
 """Packed weights on a GPU: are products right, and how near are products and a model to the lower bound ("floor")?
 
-    python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
+    python -m benchmarks.weights_on_card --steps check products model --layers 36 --out results
 
 check     compares every product with the decoded weight in float64. Rows computed alone must have the same bits as rows
           among others. If this step fails, no other step runs. If a later step fails, the next one still runs.
@@ -9,10 +9,9 @@ products  measures milliseconds of V4-Flash's products by number of tokens, divi
 model     measures a model of V4-Flash's width with `--layers` layers in the released formats, drawn on the GPU:
           memory, decode steps of 1, 32 and 128 sequences at `--context` tokens, and prefill of 2,048-token chunks. Each
           time is divided by its floor.
-load      writes a directory of `--load-layers` such layers and reads it back: GB/s cold and from the page cache, and
-          the disk's own rate.
 
-Needs a CUDA GPU. Writes weights_on_card.json. Over several GPUs: benchmarks/ranks_on_cards.py.
+Needs a CUDA GPU. Writes weights_on_card.json after every step. Over several GPUs: benchmarks/ranks_on_cards.py. From a
+directory: benchmarks/loading_on_card.py.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -31,12 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from antefix.model import Model, Sequence, WindowState, forward, load_model
+from antefix.model import Model, Sequence, WindowState, forward
 from antefix.model.backend import make_backend
-from antefix.model.names import checkpoint_name, expert_name
 from antefix.model.packed import PackedForm, PackedLinear
 from antefix.model.packed import round_inputs as round_on_cpu
 from antefix_kernels import linear, packed_linear
@@ -44,10 +39,8 @@ from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
 from benchmarks import run_record
 from benchmarks.attention_floor import attention_work
-from benchmarks.drawn_flash import FORMS, config_of, draw_codes, draw_scales, draw_share
+from benchmarks.drawn_flash import FORMS, draw_codes, draw_scales, draw_share
 from benchmarks.kernels import ceilings, replay_ms
-from benchmarks.store_peers import drop_cache
-from benchmarks.ttft import direct_read_rate
 
 # V4-Flash's products: name, outputs, addends.
 PRODUCTS = (
@@ -244,70 +237,10 @@ def timed(call: Any) -> float:
     return time.perf_counter() - started
 
 
-def measure_load(num_layers: int) -> dict[str, Any]:
-    model = random_model(num_layers)
-    with tempfile.TemporaryDirectory() as where:
-        directory = Path(where)
-        nbytes = write(model, directory)
-        del model
-        torch.cuda.empty_cache()
-        rate = direct_read_rate(directory)
-        found: dict[str, Any] = {"layers": num_layers, "gb": nbytes / 1e9, "disk_gb_per_s": rate / 1e9}
-        for label in ("cold", "page cache"):
-            if label == "cold":
-                drop_cache(directory)
-            started = time.perf_counter()
-            loaded = load_model(directory, device="cuda", dtype=torch.bfloat16)
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            found[label] = {"s": seconds, "gb_per_s": nbytes / seconds / 1e9}
-            print(label, json.dumps(found[label]), flush=True)
-            del loaded
-            torch.cuda.empty_cache()
-    return found
-
-
-def write(model: Model, directory: Path, *, toy: bool = False) -> int:
-    """Write the model like a release: one file per layer, and one for the rest. Returns the number of bytes of all
-    tensors.
-    """
-    (directory / "config.json").write_text(json.dumps(config_of(model.config.num_layers, toy=toy)))
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    weight_map: dict[str, str] = {}
-    nbytes = 0
-    for name, tensor in model.state_dict().items():
-        shard = f"layer-{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
-        shards.setdefault(f"{shard}.safetensors", {}).update(released_tensors(name, tensor))
-    for file, tensors in shards.items():
-        on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_host, directory / file)
-        weight_map |= dict.fromkeys(on_host, file)
-        nbytes += sum(tensor.numel() * tensor.element_size() for tensor in on_host.values())
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return nbytes
-
-
-def released_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    owner, _, own = name.rpartition(".")
-    if own not in ("codes", "scales"):
-        return {checkpoint_name(name): tensor}
-    suffix = "weight" if own == "codes" else "scale"
-    if not owner.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-        return {f"{checkpoint_name(owner + '.weight').removesuffix('weight')}{suffix}": tensor}
-    parts = (2,) if owner.endswith("down_proj") else (1, 3)
-    found = {}
-    for expert, matrix in enumerate(tensor):
-        for part, piece in zip(parts, matrix.chunk(len(parts)), strict=True):
-            piece = piece.view(torch.int8) if own == "codes" and piece.dtype is torch.uint8 else piece
-            found[f"{expert_name(owner, expert, part).removesuffix('weight')}{suffix}"] = piece
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", nargs="+", default=["check", "products", "model", "load"])
+    parser.add_argument("--steps", nargs="+", default=["check", "products", "model"])
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--load-layers", type=int, default=6)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
@@ -318,15 +251,10 @@ def main() -> None:
         if wrong:
             sys.exit(1)
     top = ceilings()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    found: dict[str, Any] = {
-        "command": " ".join(sys.argv), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
-        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": top,
-    }  # fmt: skip
+    found: dict[str, Any] = {"card": torch.cuda.get_device_name(), "ceilings": top}
     args.out.mkdir(parents=True, exist_ok=True)
     steps: dict[str, Callable[[], Any]] = {
         "products": lambda: products(top),
-        "load": lambda: measure_load(args.load_layers),
         "model": lambda: measure_model(args.layers, args.context, top),
     }
     with torch.inference_mode():

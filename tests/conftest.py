@@ -26,6 +26,7 @@ from antefix.security import own_credentials
 from tests.on_demand import OnDemand
 from tests.patient_services import sitecustomize
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
+from tests.role_forks import RoleForks
 from tests.running_deployment import _deployment_of_all, running
 from tests.slow_cases import SlowTest
 
@@ -69,8 +70,17 @@ def pytest_collection():
         gc.enable()
 
 
+_role_forks = RoleForks()
+
+
 def pytest_configure(config):
     settings.load_profile("antefix" if "not long" in config.option.markexpr else "long")
+    if not HAS_CARD:
+        _role_forks.install()
+
+
+def pytest_unconfigure():
+    _role_forks.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -158,8 +168,10 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     with pytest.MonkeyPatch.context() as patch:
-        if item.get_closest_marker("impatient") is None:
+        is_patient = item.get_closest_marker("impatient") is None
+        if is_patient:
             wait_longer_for_peers(patch)
+        _role_forks.are_used = is_patient and item.get_closest_marker("whole_starts") is None
         if item.get_closest_marker("services") is None and not compiles(item):
             patch.setattr(subprocess.Popen, "__init__", _refuse)
             patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
@@ -194,6 +206,11 @@ def check_fast(item, used_s):
             SlowTest,
             stacklevel=2,
         )
+
+
+@pytest.fixture
+def role_forks():
+    return _role_forks
 
 
 @pytest.fixture

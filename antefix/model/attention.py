@@ -18,8 +18,9 @@ from antefix.layout import LayerKind
 from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
 from antefix.model.indexer import Indexer
+from antefix.model.joined_weights import NO_PRODUCTS, Products, joined_products, product_of
 from antefix.model.model_config import ModelConfig
-from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate
+from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate_back
 from antefix.model.numerics import grouped_linear, linear
 from antefix.model.ranks import Ranks
 
@@ -30,6 +31,9 @@ class CSACompressor(Compressor):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LayerKind.CSA, config.geometry.head_dim)
         self.indexer = Indexer(config)
+
+    def input_modules(self) -> list[nn.Linear]:
+        return [*super().input_modules(), *self.indexer.input_modules()]
 
 
 class Attention(nn.Module):
@@ -59,9 +63,18 @@ class Attention(nn.Module):
         elif self.kind is LayerKind.HCA:
             self.compressor = Compressor(config, LayerKind.HCA, geometry.head_dim)
 
-    def query_residual(self, x_ND: Tensor) -> Tensor:
+    def input_products(self, x_ND: Tensor) -> Products:
+        """The products of the block's input with each weight that takes it, as far as a GPU computes them together. The
+        methods below compute the products that they are not given.
+        """
+        modules: list[nn.Linear] = [self.q_a_proj, self.kv_proj]
+        if self.compressor is not None:
+            modules += self.compressor.input_modules()
+        return joined_products(x_ND, modules)
+
+    def query_residual(self, x_ND: Tensor, done: Products = NO_PRODUCTS) -> Tensor:
         """The low-rank query [N, Q] that attention's and the indexer's heads share."""
-        return rms_norm(linear(x_ND, self.q_a_proj.weight), self.q_a_norm.weight, self.eps)
+        return rms_norm(product_of(x_ND, self.q_a_proj, done), self.q_a_norm.weight, self.eps)
 
     def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normed, rotated queries [N, H, C], already scaled by C^-1/2 for the dot products with keys."""
@@ -69,9 +82,9 @@ class Attention(nn.Module):
         scale = math.pow(self.head_dim, -0.5)
         return norm_rotate(q, None, self.eps, cos.unsqueeze(1), sin.unsqueeze(1), scale=scale)
 
-    def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor, done: Products = NO_PRODUCTS) -> Tensor:
         """Window KV [N, C] before rounding; each entry is both key and value."""
-        return norm_rotate(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps, cos, sin)
+        return norm_rotate(product_of(x_ND, self.kv_proj, done), self.kv_norm.weight, self.eps, cos, sin)
 
     def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the attended values back by the query's position, then project them to [N, D]."""
@@ -79,7 +92,7 @@ class Attention(nn.Module):
             from antefix.model.compiled import tokens
 
             return linear(tokens.grouped_back(self, attended_NHC, cos, sin), self.o_b_proj.weight)
-        turned_back = rotate(attended_NHC, cos.unsqueeze(1), -sin.unsqueeze(1))
+        turned_back = rotate_back(attended_NHC, cos.unsqueeze(1), sin.unsqueeze(1))
         grouped = turned_back.reshape(len(turned_back), self.o_groups, -1)
         low = grouped_linear(grouped, self.o_a_proj.weight).flatten(1)
         return linear(low if self.ranks is None else self.ranks.gather(low), self.o_b_proj.weight)

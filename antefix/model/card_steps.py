@@ -19,7 +19,7 @@ from antefix.layout import LayerKind
 from antefix.model.mhc import HyperConnection, HyperHead, expand
 from antefix.model.model import Model
 from antefix.model.model_config import ModelConfig
-from antefix.model.norms_rope import norm_rotate, rms_norm, rotate
+from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate
 from antefix.model.numerics import has_kernels
 from antefix.model.probe_steps import ROW_CUTS, ROWS, Step, function_step, numbers
 
@@ -69,7 +69,8 @@ def _mixing(config: ModelConfig, dtype: torch.dtype) -> Iterator[Step]:
         update = x[:, streams * width :].contiguous()
         mixer = HyperConnection(config)
         _fill(mixer, salt, x.device)
-        collapsed, post, comb = mixer(held)
+        norm = RMSNorm(width, config.rms_norm_eps).to(x.device, dtype)
+        collapsed, post, comb = mixer.normed(held, norm.requires_grad_(False))
         return torch.cat((collapsed, expand(held, update, post, comb).flatten(1)), 1)
 
     def end(x: Tensor, salt: int) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from antefix.layout import LayerKind
 from antefix.model.compiled.switch import is_compiled
+from antefix.model.joined_weights import NO_PRODUCTS, Products, product_of
 from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
-from antefix.model.numerics import linear, sum_middle, wide
+from antefix.model.numerics import sum_middle, wide
 
 
 class Compressor(nn.Module):
@@ -33,18 +34,22 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(self.ratio, series))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
-    def rows(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's kv and gate, [N, S] each, as the products give them."""
-        return linear(x_ND, self.kv_proj.weight), linear(x_ND, self.gate_proj.weight)
+    def input_modules(self) -> list[nn.Linear]:
+        """The modules whose weights the layer's input is multiplied by."""
+        return [self.kv_proj, self.gate_proj]
 
-    def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
+    def rows(self, x_ND: Tensor, done: Products = NO_PRODUCTS) -> tuple[Tensor, Tensor]:
+        """Each token's kv and gate, [N, S] each, as the products give them."""
+        return product_of(x_ND, self.kv_proj, done), product_of(x_ND, self.gate_proj, done)
+
+    def project(self, x_ND: Tensor, positions_N: Tensor, done: Products = NO_PRODUCTS) -> Tensor:
         """Each token's rows [2, N, S]: kv, and the gate plus the bias for the token's place in its group."""
         if is_compiled(x_ND):
             from antefix.model.compiled import tokens
 
             return tokens.project(self, x_ND, positions_N)
         work = wide(x_ND.dtype)
-        kv, gate = (rows.to(work) for rows in self.rows(x_ND))
+        kv, gate = (rows.to(work) for rows in self.rows(x_ND, done))
         gate = gate + self.position_bias[positions_N % self.ratio]
         return torch.stack((kv, gate))
 

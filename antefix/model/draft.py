@@ -91,8 +91,7 @@ def _draft_logits(
     )
     streams, positions, rope = _inputs(model, module, pairs)
     attention = module.self_attn
-    x, post, comb = module.attn_hc(streams)
-    x = module.input_layernorm(x)
+    x, post, comb = module.attn_hc.normed(streams, module.input_layernorm)
     q = attention.queries(attention.query_residual(x), *rope)
     entries = ops.window_pack(attention.window_entries(x, *rope), model.layout)
     attended = torch.zeros_like(q)
@@ -103,9 +102,9 @@ def _draft_logits(
         state.take(entries[own])
         state.streams = None
     streams = expand(streams, attention.output(attended, *rope), post, comb)
-    x, post, comb = module.ffn_hc(streams)
+    x, post, comb = module.ffn_hc.normed(streams, module.post_attention_layernorm)
     live = len(states)
-    streams = expand(streams, module.mlp(module.post_attention_layernorm(x), pairs.tokens), post, comb)
+    streams = expand(streams, module.mlp(x, pairs.tokens), post, comb)
     return linear(module.norm(module.hc_head(streams))[:live], model.lm_head.weight)
 
 
@@ -143,7 +142,7 @@ def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, o
         positions = torch.arange(state.end, state.end + len(tokens), device=streams.device)
         module = _module(model)
         wide, _, rope = _inputs(model, module, _Pairs(streams[:-1], tokens, positions))
-        x = module.input_layernorm(module.attn_hc(wide)[0])
+        x = module.attn_hc.normed(wide, module.input_layernorm)[0]
         state.take(ops.window_pack(module.self_attn.window_entries(x, *rope), model.layout)[: len(tokens)])
     state.streams = streams[-1].clone()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
+from antefix.model.joined_weights import NO_PRODUCTS, Products, product_of
 from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import rotate
 from antefix.model.numerics import linear, multiply_each
@@ -42,10 +43,13 @@ class Indexer(Compressor):
         q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.width)
         return rotate(q, cos.unsqueeze(1), sin.unsqueeze(1))
 
-    def head_weights(self, x_ND: Tensor) -> Tensor:
+    def input_modules(self) -> list[nn.Linear]:
+        return [*super().input_modules(), self.scorer.weights_proj]
+
+    def head_weights(self, x_ND: Tensor, done: Products = NO_PRODUCTS) -> Tensor:
         """Weights [N, I], already multiplied by the scorer's two constant factors (heads^-1/2, dim^-1/2)."""
         factor = math.pow(self.num_heads * self.width, -0.5)
-        return linear(x_ND, self.scorer.weights_proj.weight) * factor
+        return product_of(x_ND, self.scorer.weights_proj, done) * factor
 
 
 def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:

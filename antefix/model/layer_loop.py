@@ -29,9 +29,9 @@ def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int,
     live = tokens[:num_tokens]
     for index, module in enumerate(model.model.layers):
         layer = cast(DecoderLayer, module)
-        x, post, comb = layer.attn_hc(streams)
-        output = attend(index, layer.self_attn, layer.input_layernorm(x), ropes[layer.self_attn.kind])
+        x, post, comb = layer.attn_hc.normed(streams, layer.input_layernorm)
+        output = attend(index, layer.self_attn, x, ropes[layer.self_attn.kind])
         streams = expand(streams, output, post, comb)
-        x, post, comb = layer.ffn_hc(streams)
-        streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
+        x, post, comb = layer.ffn_hc.normed(streams, layer.post_attention_layernorm)
+        streams = expand(streams, layer.mlp(x, live), post, comb)
     return streams

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import ModelConfig
+from antefix.model.norms_rope import RMSNorm
 from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply_each, multiply_tiles, sigmoid, wide
 
 
@@ -33,11 +34,18 @@ class HyperConnection(nn.Module):
         self.eps = config.hc_eps
         self.norm_eps = config.rms_norm_eps
 
+    def normed(self, streams_NMD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`, with the norm of the block's input; on a GPU in the same launch."""
+        if has_kernels(streams_NMD):
+            return self._on_card(streams_NMD, (norm.weight, norm.eps))
+        x, post, comb = self(streams_NMD)
+        return norm(x), post, comb
+
     def forward(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams. Returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
         num_streams = streams_NMD.shape[1]
         if has_kernels(streams_NMD):
-            return self._on_card(streams_NMD)
+            return self._on_card(streams_NMD, None)
         if is_compiled(streams_NMD):
             from antefix.model.compiled import tokens as compiled
 
@@ -50,14 +58,14 @@ class HyperConnection(nn.Module):
         dtype = streams_NMD.dtype
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 
-    def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _on_card(self, streams_NMD: Tensor, norm: tuple[Tensor, float] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Like `forward`, but on a GPU; post and comb stay float32."""
         from antefix_kernels import tokens
 
-        logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)
-        num_streams = streams_NMD.shape[1]
-        pre, post, comb = tokens.mixing_gates(logits, self.base, self.scale, num_streams, self.num_iters, self.eps)
-        return tokens.collapse(streams_NMD, pre), post, comb
+        return tokens.mixed(
+            streams_NMD, self.fn, self.base, self.scale, iterations=self.num_iters, eps=self.eps,
+            norm_eps=self.norm_eps, norm=norm,
+        )  # fmt: skip
 
 
 class HyperHead(nn.Module):

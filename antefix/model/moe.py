@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.compiled.switch import is_compiled
+from antefix.model.joined_weights import joined_product
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import (
     has_kernels,
@@ -157,11 +158,17 @@ class SharedExpert(nn.Module):
         if has_kernels(x_ND):
             from antefix_kernels.tokens import swiglu
 
-            halves = linear(x_ND, self.gate_proj.weight), linear(x_ND, self.up_proj.weight)
-            return linear(swiglu(torch.cat(halves, dim=1), self.limit), self.down_proj.weight)
+            return linear(swiglu(self._gate_up(x_ND), self.limit), self.down_proj.weight)
         gate = linear(x_ND, self.gate_proj.weight).clamp(max=self.limit)
         up = linear(x_ND, self.up_proj.weight).clamp(-self.limit, self.limit)
         return linear(silu(gate) * up, self.down_proj.weight)
+
+    def _gate_up(self, x_ND: Tensor) -> Tensor:
+        """Gates, then ups, [N, 2 I]; on a GPU."""
+        joined = joined_product(x_ND, (self.gate_proj, self.up_proj))
+        if joined is not None:
+            return joined
+        return torch.cat((linear(x_ND, self.gate_proj.weight), linear(x_ND, self.up_proj.weight)), dim=1)
 
 
 class MoE(nn.Module):

@@ -78,10 +78,7 @@ def rope_table(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims).
-
-    `rotate(x, cos, -sin)` rotates back, as V4 does with attention outputs.
-    """
+    """Rotate the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims)."""
     if has_kernels(x):
         return _on_card(x, None, None, cos, sin, 1.0)
     if is_compiled(x):
@@ -96,6 +93,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((head, turned.to(x.dtype)), dim=-1)
+
+
+def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The opposite rotation, as V4 does with attention outputs."""
+    return _on_card(x, None, None, cos, sin, 1.0, back=True) if has_kernels(x) else rotate(x, cos, -sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,10 +124,19 @@ def norm_rotate(
     return turned if scale == 1.0 else turned * scale
 
 
-def _on_card(x: Tensor, weight: Tensor | None, eps: float | None, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+def _on_card(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    *,
+    back: bool = False,
+) -> Tensor:
     """x [N, C] with angles [N, R / 2], or x [N, H, C] with angles [N, 1, R / 2]."""
     from antefix_kernels.tokens import norm_turn
 
     rows = x if x.dim() == 3 else x.unsqueeze(1)
     cos, sin = (table.reshape(len(x), -1) for table in (cos, sin))
-    return norm_turn(rows, weight=weight, eps=eps, cos=cos, sin=sin, scale=scale).view(x.shape)
+    return norm_turn(rows, weight=weight, eps=eps, cos=cos, sin=sin, scale=scale, back=back).view(x.shape)

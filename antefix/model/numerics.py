@@ -84,14 +84,16 @@ def is_plain(a: Tensor, b: Tensor) -> bool:
     return not a.is_cpu or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
 
 
-def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedMatrix, *, splits: int | None = None) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
     Gradients, float64 on a GPU and other devices use the plain product, for which equal bits are not promised.
+    splits: see `packed.card_product`.
     """
     if isinstance(weight, PackedMatrix):
         if has_kernels(x):
-            return card_product(x.reshape(-1, 1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+            done = card_product(x.reshape(-1, 1, x.shape[-1]), weight, splits=splits)
+            return done.view(*x.shape[:-1], weight.shape[0])
         return _packed_linear(x, weight, 0, weight.shape[0])
     if has_kernels(x):
         from antefix_kernels.linear import multiply as card_multiply

@@ -14,6 +14,7 @@ Source:  inference/model.py and kernel.py of the released checkpoints; oracle: t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -86,13 +87,52 @@ def takes_fp8(x: Tensor, weight: Weight, *, rounds_inputs: bool) -> bool:
     return is_able and packed_fp8.runs_on(x)
 
 
-def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
+def card_splits(weight: PackedMatrix) -> int:
+    """The number of runs into which a GPU splits the sums of this matrix."""
+    from antefix_kernels import packed_linear
+
+    return packed_linear.num_splits(_operand(weight, 1))
+
+
+def joined_matrix(weights: Sequence[PackedMatrix]) -> PackedMatrix | None:
+    """Copies of several matrices [O, K], one under the other; None if they are not packed alike, or if two of them
+    would share a block of scales.
+    """
+    first = weights[0]
+    forms = {(w.codes.dtype, w.scales.dtype, w.codes.device, w.shape[1], w.block, w.rounds_inputs) for w in weights}
+    if len(forms) > 1 or any(weight.shape[0] % weight.block[0] for weight in weights):
+        return None
+    codes, scales = [_bytes_of(w.codes) for w in weights], [_bytes_of(w.scales) for w in weights]
+    return replace(
+        first, codes=torch.cat(codes).view(first.codes.dtype), scales=torch.cat(scales).view(first.scales.dtype)
+    )
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def card_product(x: Tensor, weight: PackedMatrix, *, splits: int | None = None) -> Tensor:
     """x [N, G, K] times a matrix [G * O, K], computed group by group: [N, G, O]. The kernels on a GPU read the packed
     codes.
+
+    splits: into how many runs sums are split; None: as the kernels choose by the matrix.
     """
     from antefix_kernels import packed_fp8, packed_linear
 
-    num_groups = x.shape[1]
+    operand = _operand(weight, x.shape[1])
+    flat = x.reshape(-1, x.shape[2])
+    if takes_fp8(x, operand, rounds_inputs=weight.rounds_inputs):
+        codes = packed_fp8.prepare_inputs(flat, is_fp4=weight.is_fp4)
+        return packed_fp8.multiply(codes.view(len(x), x.shape[1]), operand, x.dtype, splits=splits)
+    inputs = packed_linear.prepare_inputs(flat, rounds=weight.rounds_inputs, is_fp4=weight.is_fp4)
+    return packed_linear.multiply(inputs.view(x.shape), operand, splits=splits)
+
+
+def _operand(weight: PackedMatrix, num_groups: int) -> Weight:
+    """A matrix [G * O, K] as the kernels take it, in groups."""
+    from antefix_kernels import packed_linear
+
     per_group = weight.shape[0] // num_groups
     rows, addends = weight.block
     scales = weight.scales
@@ -101,17 +141,11 @@ def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
         scales = scales.view(torch.uint8 if scales.element_size() == 1 else scales.dtype)
         scales = scales.repeat_interleave(rows, 0)[: weight.shape[0]].view(weight.scales.dtype)
         rows = 1
-    operand = packed_linear.Weight(
+    return packed_linear.Weight(
         codes=weight.codes.view(num_groups, per_group, -1),
         scales=scales.view(num_groups, -1, scales.shape[1]),
         block=(rows, addends),
     )
-    flat = x.reshape(-1, x.shape[2])
-    if takes_fp8(x, operand, rounds_inputs=weight.rounds_inputs):
-        codes = packed_fp8.prepare_inputs(flat, is_fp4=weight.is_fp4)
-        return packed_fp8.multiply(codes.view(len(x), num_groups), operand, x.dtype)
-    inputs = packed_linear.prepare_inputs(flat, rounds=weight.rounds_inputs, is_fp4=weight.is_fp4)
-    return packed_linear.multiply(inputs.view(x.shape), operand)
 
 
 class PackedLinear(nn.Module):

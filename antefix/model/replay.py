@@ -75,16 +75,14 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
         layer = cast(DecoderLayer, module)
         # 2. Take every row into window state. No layer above needs the outputs of rows before `keep`.
         part = _Part(model, pool, index, layer.self_attn, sequence, block_ids, stop, ops)
-        x, post, comb = layer.attn_hc(streams)
-        output = part.run(
-            layer.input_layernorm(x), positions[start:], position + start, len(given) - start, keep - start
-        )
+        x, post, comb = layer.attn_hc.normed(streams, layer.input_layernorm)
+        output = part.run(x, positions[start:], position + start, len(given) - start, keep - start)
         if output is None:
             continue
         streams = expand(streams[keep - start :], output, post[keep - start :], comb[keep - start :])
         first = keep
-        x, post, comb = layer.ffn_hc(streams)
-        output = layer.mlp(layer.post_attention_layernorm(x), span[keep : len(given)])
+        x, post, comb = layer.ffn_hc.normed(streams, layer.post_attention_layernorm)
+        output = layer.mlp(x, span[keep : len(given)])
         streams = expand(streams, output, post, comb)
     sequence.window.position += len(given)
 

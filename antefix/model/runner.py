@@ -423,14 +423,16 @@ class LayerPass:
     def rows(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> TokenRows:
         """The per-token results for x [N, D], normed."""
         attention = self.attention
-        residual = attention.query_residual(x)
+        done = attention.input_products(x)
+        residual = attention.query_residual(x, done)
         q = attention.queries(residual, *rope)
-        window = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)
-        compressed = None if attention.compressor is None else attention.compressor.project(x, positions)
+        window = self.ops.window_pack(attention.window_entries(x, *rope, done), self.model.layout)
+        compressed = None if attention.compressor is None else attention.compressor.project(x, positions, done)
         index = None
         if isinstance(attention.compressor, CSACompressor):
             indexer = attention.compressor.indexer
-            index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
+            rows, weights = indexer.project(x, positions, done), indexer.head_weights(x, done)
+            index = rows, indexer.queries(residual, *rope), weights
         return TokenRows(q=q, window=window, compressed=compressed, index=index)
 
     def window_line(self, item: Item, entries_TC: Tensor) -> WindowLine:

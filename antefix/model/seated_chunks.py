@@ -155,8 +155,10 @@ class SeatedChunks(SeatedSteps):
         is_first = self._position // ratio == self._first // ratio
         return first_rows, torch.where(is_first, -1 - self._seat, first_rows - ratio)
 
-    def _take_rows(self, rows: CompressorRows, place: int, compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
-        kv, gate = compressor.rows(x)
+    def _take_rows(
+        self, rows: CompressorRows, place: int, compressor: Compressor, given: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        kv, gate = given
         kind = next(number for number, each in enumerate(_kinds(self._seats)) if each is rows)
         tails, ratio = rows.tails[place], compressor.ratio
         line = tails.new_empty(2, self.shape.rows + self.shape.sequences * ratio, tails.shape[-1])

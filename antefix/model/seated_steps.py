@@ -31,6 +31,7 @@ from antefix.model.attention import Attention, CSACompressor
 from antefix.model.compressor import Compressor
 from antefix.model.host_rows import upload
 from antefix.model.indexer import Indexer
+from antefix.model.joined_weights import Products
 from antefix.model.model import Model
 from antefix.model.pool import BlockPool
 from antefix.model.seats import CompressorRows, Seats
@@ -110,28 +111,29 @@ class SeatedSteps:
         window = self._geometry.window
         slot = self._seat * (2 * window) + self._position % window
         # Each record is written to two slots, so that any window is one run of slots.
-        self._window_slots = slot, slot + window
+        self._window_slots = torch.cat((slot, slot + window))
         self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
         self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
         return integers[:, TOKEN]
 
     def attend(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The layer's attention before its output projection, for x [S, D], normed: [S, H, C]."""
-        residual = attention.query_residual(x)
+        done = attention.input_products(x)
+        residual = attention.query_residual(x, done)
         q = attention.queries(residual, *rope)
-        entries = attention.window_entries(x, *rope)
+        entries = attention.window_entries(x, *rope, done)
         ring = self._window(layer, entries)
         compressor = attention.compressor
         if compressor is None:
             return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
         if not isinstance(compressor, CSACompressor):
-            records = self._compress(layer, PartKind.HCA_MAIN, compressor, x)
+            records = self._compress(layer, PartKind.HCA_MAIN, compressor, x, done)
             slots = cast(Tensor, self._hca_slots)
             return self._attend(q, records, ring, slots, self._closing[LayerKind.HCA].visible, attention)
-        records = self._compress(layer, PartKind.CSA_MAIN, compressor, x)
+        records = self._compress(layer, PartKind.CSA_MAIN, compressor, x, done)
         indexer = compressor.indexer
-        keys = self._compress(layer, PartKind.INDEXER_KEYS, indexer, x)
-        picks = self._pick(keys, indexer, x, residual, rope)
+        keys = self._compress(layer, PartKind.INDEXER_KEYS, indexer, x, done)
+        picks = self._pick(keys, indexer, indexer.head_weights(x, done), residual, rope)
         return self._attend(q, records, ring, picks.slots, picks.counts, attention)
 
     def _window(self, layer: int, entries: Tensor) -> Tensor:
@@ -139,8 +141,7 @@ class SeatedSteps:
         window is one run.
         """
         ring = self._seats.rings[layer].unsqueeze(0)
-        for slots in self._window_slots:
-            pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
+        pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=self._window_slots))
         return ring
 
     def keep_all(self) -> None:
@@ -196,7 +197,7 @@ class SeatedSteps:
         rows = torch.arange(per_block, dtype=torch.int32, device=self._tables.device)
         return (self._tables.unsqueeze(2) * per_block + rows).flatten(1)
 
-    def _compress(self, layer: int, kind: PartKind, compressor: Compressor, x: Tensor) -> Tensor:
+    def _compress(self, layer: int, kind: PartKind, compressor: Compressor, x: Tensor, done: Products) -> Tensor:
         """Store each token's rows, and write the entries of groups that are complete. Returns the part's records."""
         part = self._pool.part(layer, kind)
         records = self._pool.records(part)
@@ -206,7 +207,7 @@ class SeatedSteps:
             PartKind.HCA_MAIN: (self._seats.hca, None),
         }[kind]
         place = rows.layers.index(layer)
-        given = self._take_rows(rows, place, compressor, x)
+        given = self._take_rows(rows, place, compressor, compressor.rows(x, done))
         closing = self._closing[self._geometry.layers[layer]]
         norm = pack.Norm(
             weight=compressor.kv_norm.weight.float(), cos=closing.cos, sin=closing.sin, eps=compressor.kv_norm.eps
@@ -220,25 +221,28 @@ class SeatedSteps:
             packer(*given, rows.no_bias, closing.first_rows, before, norm, target)
         return records
 
-    def _take_rows(self, rows: CompressorRows, place: int, compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Store each token's rows in its tail. Returns kv and gates (with their bias) of all tails, as [rows, X]."""
+    def _take_rows(
+        self, rows: CompressorRows, place: int, compressor: Compressor, given: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Store each token's rows, given as kv and gate, in its tail. Returns kv and gates (with their bias) of all
+        tails, as [rows, X].
+        """
         tails = rows.tails[place]
-        kv, gate = compressor.rows(x)
+        kv, gate = given
         seated.write_tails(kv, gate, compressor.position_bias.float(), self._position, self._seat, tails)
         flat = tails.view(-1, tails.shape[-1])
         # In memory a seat's kv rows come first, then its gate rows.
         return flat[: -compressor.ratio], flat[compressor.ratio :]
 
     def _pick(
-        self, keys: Tensor, indexer: Indexer, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
+        self, keys: Tensor, indexer: Indexer, weights: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
     ) -> topk.Picks:
         """The k best visible entries of each sequence."""
         queries = indexer.queries(residual, *rope)
-        weights = indexer.head_weights(x).float()
         num_entries_max = self._tables.shape[1] * keys.shape[1]
         visible = self._closing[LayerKind.CSA].visible
         group = index_scores.group_for(num_entries_max, indexer.topk)
-        query = index_scores.prepare_queries(queries, weights, 1.0, as_many=self._reproducible)
+        query = index_scores.prepare_queries(queries, weights.float(), 1.0, as_many=self._reproducible)
         scored = index_scores.index_scores(
             query,
             keys,
@@ -260,7 +264,7 @@ class SeatedSteps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if not self._reproducible:
             line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
-            decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
+            decode_attention.sparse_attention(operands.queries(q), records, slots, counts, line, heads, out)
             return out
         # In groups of as many sequences as the memory for decoded entries allows.
         num_bytes = 2 * _padded(self._geometry.head_dim) * (slots.shape[1] + self._geometry.window)
@@ -269,7 +273,9 @@ class SeatedSteps:
             rows = slice(start, start + together)
             values, places, line = self._decoded(records, ring, slots[rows], rows)
             own = operands.Heads(sinks=heads.sinks, scale=1.0, cos=cos[rows], sin=sin[rows])
-            prefill_attention.prefill_attention(q[rows].half(), values, places, counts[rows], line, own, out[rows])
+            prefill_attention.prefill_attention(
+                operands.queries(q[rows]), values, places, counts[rows], line, own, out[rows]
+            )
         return out
 
     def _decoded(

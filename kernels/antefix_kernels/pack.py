@@ -57,18 +57,18 @@ class Overlap:
     gate: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, stride_n, stride_p,
+@triton.jit(do_not_specialize=["num_rows", "num_values"])
+def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, num_values, stride_n, stride_p,
                  ENTRIES: tl.constexpr, RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr,
                  DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
                  NORM: tl.constexpr):  # fmt: skip
-    """Norm (unless NORM is false), round and write ROWS rows."""
+    """Norm (unless NORM is false), round and write ROWS rows; row i is of value i % num_values."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + rows, rows < num_rows, other=-1)
     live = slot >= 0
     NOPE: tl.constexpr = DIM - ROPE
     d = tl.arange(0, D)
-    start = values + rows.to(tl.int64) * stride_n
+    start = values + (rows % num_values).to(tl.int64) * stride_n
     base = records + record_offsets(tl.maximum(slot, 0), stride_p, ENTRIES, RECORD, ALIGN)
     x = tl.load(start[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
     # The few RoPE dims are read a second time, separately, which is cheaper than rotating them among the other dims.
@@ -189,6 +189,8 @@ def window_pack(rows: torch.Tensor, norm: Norm, target: Target) -> None:
 def pack_entries(values: torch.Tensor, rope_dim: int, target: Target) -> None:
     """Round finished values [N, c] to entries, without norm or RoPE.
 
+    target: with several times N slots, the values are written to the first N, to the next N, and so on.
+
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 3.5; oracle: reference.pack_entries, equal to the byte.
     """
@@ -279,9 +281,11 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
     fmt = EntryFormat(head_dim=dim, rope_dim=rope_dim)
     check_records(target.records, fmt.nbytes)
     check(byte_alignment(target.records) >= 2, "records must start at even addresses: they hold BF16")
+    num_values, num_rows = num_rows, target.slots.numel() if norm is None else num_rows
     _check_slots(target, num_rows)
-    if not num_rows:
+    if not num_values:
         return
+    check(num_rows % num_values == 0, f"{num_rows} slots are no multiple of {num_values} values")
     rows, warps = _ROW_TILE
     _rows_kernel[(triton.cdiv(num_rows, rows),)](
         values,
@@ -292,6 +296,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         target.records,
         target.slots,
         num_rows,
+        num_values,
         values.stride(0),
         target.records.stride(0),
         ENTRIES=target.records.shape[1],

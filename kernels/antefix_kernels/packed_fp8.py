@@ -141,8 +141,12 @@ def prepare_inputs(x: torch.Tensor, *, is_fp4: bool) -> Inputs:
     return Inputs(codes=codes, scales=scales)
 
 
-def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile | None = None) -> torch.Tensor:
+def multiply(
+    inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile | None = None, splits: int | None = None
+) -> torch.Tensor:
     """Rows times a packed weight; or, group by group, times the weights of G groups.
+
+    splits: into how many runs the addends are split, which decides the bits; None: `num_splits` of the weight.
 
     Shapes:  inputs [N, G, K], weight of G. Returns [N, G, O] of dtype.
     Raises:  ValueError: wrong dtype, shape or stride.
@@ -151,11 +155,11 @@ def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile |
     check(num_groups == len(weight.codes), "inputs and weights have other numbers of groups")
     num_outputs = weight.codes.shape[1]
     tile = tile or tile_of(weight, num_rows, inputs.codes.device)
-    splits = num_splits(weight)
+    splits = splits or num_splits(weight)
     out = torch.empty(num_rows, num_groups, num_outputs, dtype=dtype, device=inputs.codes.device)
     row_tiles = triton.cdiv(num_rows, tile.rows)
     num_programs = row_tiles * num_groups * triton.cdiv(num_outputs, tile.outputs)
-    takes_all = takes_all_runs(weight, num_programs)
+    takes_all = takes_all_runs(weight, splits, num_programs)
     apart = splits > 1 and not takes_all
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if apart else out
     _launch(inputs, weight, parts, None, tile=tile, splits=splits, row_tiles=row_tiles, takes_all=takes_all)
@@ -164,11 +168,10 @@ def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile |
     return out
 
 
-def takes_all_runs(weight: Weight, num_programs: int) -> bool:
+def takes_all_runs(weight: Weight, splits: int, num_programs: int) -> bool:
     """Whether a program computes all runs of its sums and adds them up itself. The bits are the same. Adding all runs
     in one program saves writing and reading the runs' sums, and needs no more programs than there are tiles.
     """
-    splits = num_splits(weight)
     has_equal_runs = weight.num_addends // INPUT_GROUP % splits == 0
     return not weight.is_fp4 and splits > 1 and has_equal_runs and num_programs >= _PROGRAMS_OF_ALL_RUNS
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from antefix_kernels.finish import store_output
-from antefix_kernels.linear import Routing, place_of_program
+from antefix_kernels.linear import SKIPS_MISSING_ROWS, Routing, place_of_program
 from antefix_kernels.number_formats import check
 from antefix_kernels.rounding import fp8_exponent
 
@@ -157,7 +157,8 @@ def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_
                     stride_os, steps_a_split, ROUTED: tl.constexpr, GATHERED: tl.constexpr, PICKED: tl.constexpr,
                     FP4: tl.constexpr, POWERS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
                     EVEN: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
-                    K: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                    K: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
+                    SKIPS: tl.constexpr):  # fmt: skip
     """One tile [N outputs, M rows] of a weight times rows, over one split's addends."""
     tile, column = place_of_program(tl.cdiv(num_outputs, N), TOGETHER)
     if ROUTED:
@@ -223,7 +224,14 @@ def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_
                     acc = tl.dot(high, odd, acc)
             else:
                 c = c.to(tl.float8e4nv, bitcast=True)
-                a = tl.load(at_x + at) if EVEN else tl.load(at_x + at, inside[:, None], other=0.0)
+                if SKIPS:
+                    # Rows past the end are zeros instead of copies of the last one, as in linear.
+                    has_row = (first + tl.arange(0, M) < stop)[None, :]
+                    a = tl.load(at_x + at, has_row & (at + b < num_addends)[:, None], other=0.0)
+                elif EVEN:
+                    a = tl.load(at_x + at)
+                else:
+                    a = tl.load(at_x + at, inside[:, None], other=0.0)
                 at_scale = step * K // BLOCK_K
                 last = (num_addends - 1) // BLOCK_K
                 s = tl.load(at_s + tl.minimum(at_scale, last))
@@ -272,8 +280,10 @@ def prepare_inputs(x: torch.Tensor, *, rounds: bool, is_fp4: bool) -> torch.Tens
     return out
 
 
-def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+def multiply(x: torch.Tensor, weight: Weight, *, splits: int | None = None) -> torch.Tensor:
     """Prepared rows times a packed weight, or group by group times the weights of as many groups.
+
+    splits: into how many runs the addends are split, which decides the bits; None: `num_splits` of the weight.
 
     Shapes:  x [N, G, K] prepared, weight of G. Returns [N, G, O] of x's type.
     Raises:  ValueError: wrong dtype, shape or stride.
@@ -282,7 +292,7 @@ def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     check(x.dim() == 3 and x.shape[1] == num_groups, "inputs and weights have other numbers of groups")
     tile = _tile(x, weight, len(x))
     m = tile[1]
-    splits = num_splits(weight)
+    splits = splits or num_splits(weight)
     out = torch.empty(x.shape[0], num_groups, num_outputs, dtype=x.dtype, device=x.device)
     if splits == 1:
         _launch(x, weight, out, None, tile=tile, splits=1, row_tiles=triton.cdiv(len(x), m), gathered=False)
@@ -383,6 +393,7 @@ def _launch(
         K=k,
         TOGETHER=_ROW_TILES_TOGETHER,
         STAGES=stages,
+        SKIPS=SKIPS_MISSING_ROWS and 2 * out.shape[-3] <= row_tiles * m,
         num_warps=warps,
         enable_fp_fusion=False,
     )

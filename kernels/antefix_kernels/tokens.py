@@ -14,6 +14,7 @@ import triton.language as tl
 
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
+from antefix_kernels.rounding import bf16_bits
 
 # How many elements one program handles.
 _ELEMENTS = 4096
@@ -30,8 +31,8 @@ _GATE_TOKENS = 32
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
                       COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-                      ROWS: tl.constexpr):  # fmt: skip
-    """ROWS rows: normed if NORM, their last ROPE dims turned, scaled."""
+                      BACK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """ROWS rows: normed if NORM, their last ROPE dims turned (back if BACK), scaled."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // heads, rows % heads
     c = tl.arange(0, COLUMNS)
@@ -49,6 +50,8 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
         at = token[:, None] * (ROPE // 2) + pair[None, :]
         a = tl.load(cos + at, turned, other=1.0)
         b = tl.load(sin + at, turned, other=0.0)
+        if BACK:
+            b = -b
         v = tl.reshape(tl.join(tl.fma(even, a, -(odd * b)), tl.fma(odd, a, even * b)), (ROWS, COLUMNS))
     store_output(out, rows.to(tl.int64)[:, None] * C + c[None, :], v * scale, live)
 
@@ -130,6 +133,64 @@ def _gates_kernel(logits, base, scale, pre, post, comb, num_tokens, eps, iterati
 
 
 @triton.jit
+def _added(parts, at, stride, mask, PARTS: tl.constexpr):
+    """Parts of a sum at `at`, added up in order."""
+    total = tl.zeros(at.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * stride + at, mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _mixed_kernel(streams, parts, squares, base, scale, weight, out, post, comb, num_tokens, width, eps, norm_eps,
+                  out_eps, iterations, M: tl.constexpr, M_PAD: tl.constexpr, PARTS: tl.constexpr,
+                  COLUMNS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """One token: logits from their parts, gates, the streams' weighted sum, and if NORM the norm of that sum."""
+    n = tl.program_id(0).to(tl.int64)
+    J: tl.constexpr = (2 + M) * M
+    m = tl.arange(0, M_PAD)
+    one = m < M
+    row, column = m[:, None], m[None, :]
+    inside = (row < M) & (column < M)
+    cell = row * M + column
+    squared = 0.0
+    for part in tl.static_range(PARTS):
+        squared += tl.load(squares + part * num_tokens + n)
+    factor = tl.rsqrt(squared / (M * width) + norm_eps)
+    at, stride = n * J, num_tokens.to(tl.int64) * J
+    a = _added(parts, at + m, stride, one, PARTS) * factor
+    b = _added(parts, at + M + m, stride, one, PARTS) * factor
+    y = _added(parts, at + 2 * M + cell, stride, inside, PARTS) * factor
+    pre = _sigmoid(a * tl.load(scale) + tl.load(base + m, one, other=0.0)) + eps
+    b = b * tl.load(scale + 1) + tl.load(base + M + m, one, other=0.0)
+    tl.store(post + n * M + m, 2.0 * _sigmoid(b), one)
+    y = y * tl.load(scale + 2)
+    y = tl.where(inside, y + tl.load(base + 2 * M + cell, inside, other=0.0), float("-inf"))
+    top = tl.max(y, 1)[:, None]
+    y = tl.where(inside, tl.exp(y - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    total = tl.sum(y, 1)[:, None]
+    y = tl.where(inside, y / tl.where(total > 0.0, total, 1.0) + eps, 0.0)
+    y = y / (tl.sum(y, 0)[None, :] + eps)
+    for _ in range(iterations - 1):
+        y = y / (tl.sum(y, 1)[:, None] + eps)
+        y = y / (tl.sum(y, 0)[None, :] + eps)
+    tl.store(comb + n * (M * M) + cell, y, inside)
+    d = tl.arange(0, COLUMNS)
+    used = d < width
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for i in tl.static_range(M):
+        x = tl.load(streams + (n * M + i) * width + d, used, other=0.0).to(tl.float32)
+        # Exact: all other addends are zero.
+        acc = tl.fma(x, tl.sum(tl.where(m == i, pre, 0.0), 0), acc)
+    if NORM:
+        if out.dtype.element_ty == tl.bfloat16:
+            acc = (bf16_bits(acc).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        acc = acc * tl.rsqrt(tl.sum(acc * acc, 0) / width + out_eps)
+        acc = acc * tl.load(weight + d, used, other=0.0).to(tl.float32)
+    store_output(out, n * width + d, acc, used)
+
+
+@triton.jit
 def _collapse_kernel(streams, pre, out, width, M: tl.constexpr, COLUMNS: tl.constexpr):
     """One token's weighted sum of streams, COLUMNS of it, streams in order."""
     n = tl.program_id(0).to(tl.int64)
@@ -187,8 +248,11 @@ def norm_turn(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     scale: float = 1.0,
+    back: bool = False,
 ) -> torch.Tensor:
     """RMS-norm rows if eps is given, rotate their last R dims by each token's angles if cos and sin are, and scale.
+
+    back: rotate the other way, by -sin.
 
     Shapes:  x [N, H, C] float32 or bfloat16, last dim contiguous; weight [C]; cos, sin [N, R / 2] float32.
              Returns [N, H, C], contiguous, of x's type.
@@ -222,6 +286,7 @@ def norm_turn(
         ROPE=0 if cos is None else 2 * cos.shape[1],
         NORM=eps is not None,
         WEIGHT=weight is not None,
+        BACK=back,
         ROWS=rows,
         num_warps=4 if padded > 1024 else 2,
         enable_fp_fusion=False,
@@ -235,18 +300,38 @@ def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.
     Shapes:  streams [N, M, D] contiguous, float32 or bfloat16; fn [J, M * D] contiguous. Returns [N, J] float32.
     Raises:  ValueError: wrong shape or stride.
     """
-    width = streams.shape[1] * streams.shape[2]
-    check(streams.is_contiguous() and fn.is_contiguous(), "streams and fn must be contiguous")
-    check(fn.dim() == 2 and fn.shape[1] == width, f"fn must be [J, {width}]")
     num_tokens, num_logits = len(streams), len(fn)
     logits = torch.empty(num_tokens, num_logits, dtype=torch.float32, device=streams.device)
     if not num_tokens:
         return logits
+    parts, squares = _mixing_parts(streams, fn)
+    _mixing_sum_kernel[(triton.cdiv(num_tokens, _MIX_SUM_TOKENS),)](
+        parts,
+        squares,
+        logits,
+        num_tokens,
+        streams.shape[1] * streams.shape[2],
+        eps,
+        J=num_logits,
+        J_PAD=max(16, triton.next_power_of_2(num_logits)),
+        T=_MIX_SUM_TOKENS,
+        PARTS=len(parts),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return logits
+
+
+def _mixing_parts(streams: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of the logits [S, N, J] and of the sum of squares [S, N]."""
+    width = streams.shape[1] * streams.shape[2]
+    check(streams.is_contiguous() and fn.is_contiguous(), "streams and fn must be contiguous")
+    check(fn.dim() == 2 and fn.shape[1] == width, f"fn must be [J, {width}]")
+    num_tokens, num_logits = len(streams), len(fn)
     # The weight alone decides how a sum is split, so a token's bits do not depend on the number of tokens.
     num_parts = triton.cdiv(width, _MIX_ADDENDS)
     parts = torch.empty(num_parts, num_tokens, num_logits, dtype=torch.float32, device=streams.device)
     squares = torch.empty(num_parts, num_tokens, dtype=torch.float32, device=streams.device)
-    sizes = {"J": num_logits, "J_PAD": max(16, triton.next_power_of_2(num_logits))}
     _mixing_kernel[(triton.cdiv(num_tokens, _MIX_TOKENS), num_parts)](
         streams,
         fn,
@@ -254,27 +339,70 @@ def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.
         squares,
         num_tokens,
         width,
-        **sizes,
+        J=num_logits,
+        J_PAD=max(16, triton.next_power_of_2(num_logits)),
         T=_MIX_TOKENS,
         K=_MIX_STEP,
         ADDENDS=_MIX_ADDENDS,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    _mixing_sum_kernel[(triton.cdiv(num_tokens, _MIX_SUM_TOKENS),)](
+    return parts, squares
+
+
+def mixed(
+    streams: torch.Tensor,
+    fn: torch.Tensor,
+    base: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    norm: tuple[torch.Tensor, float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A block's input, and the gates of its output: `mixing_logits`, `mixing_gates` and `collapse` in two launches.
+
+    Shapes:  streams [N, M, D] contiguous, float32 or bfloat16; fn [J, M * D], base [J], scale [3].
+             norm: weight [D] and eps of an RMS norm of the block's input; None: no norm.
+             Returns the input [N, D] of streams' type, post [N, M] and comb [N, M, M] float32.
+    Raises:  ValueError: wrong shape or stride.
+    """
+    num_tokens, num_streams, width = streams.shape
+    num_logits = (2 + num_streams) * num_streams
+    check(len(fn) == len(base) == num_logits and len(scale) == 3, "fn and base must have (2 + M) * M rows, scale 3")
+    out = torch.empty(num_tokens, width, dtype=streams.dtype, device=streams.device)
+    post = torch.empty(num_tokens, num_streams, device=streams.device)
+    comb = torch.empty(num_tokens, num_streams, num_streams, device=streams.device)
+    if not num_tokens:
+        return out, post, comb
+    parts, squares = _mixing_parts(streams, fn)
+    columns = triton.next_power_of_2(width)
+    _mixed_kernel[(num_tokens,)](
+        streams,
         parts,
         squares,
-        logits,
+        base.float(),
+        scale.float(),
+        streams if norm is None else norm[0],
+        out,
+        post,
+        comb,
         num_tokens,
         width,
         eps,
-        **sizes,
-        T=_MIX_SUM_TOKENS,
-        PARTS=num_parts,
-        num_warps=4,
+        norm_eps,
+        0.0 if norm is None else norm[1],
+        iterations,
+        M=num_streams,
+        M_PAD=triton.next_power_of_2(num_streams),
+        PARTS=len(parts),
+        COLUMNS=columns,
+        NORM=norm is not None,
+        num_warps=8 if columns >= 4096 else 4,
         enable_fp_fusion=False,
     )
-    return logits
+    return out, post, comb
 
 
 def mixing_gates(

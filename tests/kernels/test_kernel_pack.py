@@ -191,3 +191,15 @@ def test_wrong_operands_are_refused(device, draw):
     with pytest.raises(ValueError, match="even addresses"):
         odd = torch.zeros(2, 1169, dtype=torch.uint8, device=device)[:, 1:].unflatten(1, (2, 584))
         pack.pack_entries(x, 64, pack.Target(records=odd, slots=slots))
+
+
+def test_entries_are_written_to_several_places(device, draw):
+    values, nbytes = torch.randn(3, 96, generator=draw, device=device), EntryFormat(head_dim=96, rope_dim=32).nbytes
+    one_by_one, together = (make_pool(1, 8, nbytes, device) for _ in range(2))
+    slots = torch.tensor([[5, 0, 3], [1, 7, 2]], dtype=torch.int32, device=device)
+    for part in slots:
+        pack.pack_entries(values, 32, pack.Target(records=one_by_one, slots=part))
+    pack.pack_entries(values, 32, pack.Target(records=together, slots=slots.flatten()))
+    assert torch.equal(together, one_by_one)
+    with pytest.raises(ValueError, match="no multiple"):
+        pack.pack_entries(values, 32, pack.Target(records=together, slots=slots[0, :2]))

@@ -88,7 +88,7 @@ def test_one_program_adds_up_runs_as_several_do(draw, form, monkeypatch):
         assert packed_linear.num_splits(weight) > 1
         apart = product(x, weight, torch.bfloat16)
         monkeypatch.setattr(packed_fp8, "_PROGRAMS_OF_ALL_RUNS", 1)
-        assert packed_fp8.takes_all_runs(weight, 1) == is_joined
+        assert packed_fp8.takes_all_runs(weight, packed_linear.num_splits(weight), 1) == is_joined
         joined = product(x, weight, torch.bfloat16)
         monkeypatch.undo()
         assert torch.equal(joined.view(torch.int16), apart.view(torch.int16))

@@ -50,9 +50,9 @@ def test_rows_that_are_left_out_change_no_other(draw, monkeypatch, k):
     x, weight = (torch.randn(n, k, generator=draw, device=draw.device) for n in (3, 70))
     stack = torch.randn(4, 70, k, generator=draw, device=draw.device)
     routing = linear.route(torch.tensor([[1, 3], [1, 0], [1, 2]], device=draw.device), 4)
-    want = linear.multiply(x, weight), linear.multiply_routed(x, stack, routing, gathered=True)
-    monkeypatch.setattr(linear, "SKIPS_MISSING_ROWS", True)
     got = linear.multiply(x, weight), linear.multiply_routed(x, stack, routing, gathered=True)
+    monkeypatch.setattr(linear, "SKIPS_MISSING_ROWS", False)
+    want = linear.multiply(x, weight), linear.multiply_routed(x, stack, routing, gathered=True)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 
@@ -140,3 +140,28 @@ def test_swiglu(draw):
     gate_up = normal(draw, 9, 48) * 8
     gate, up = gate_up.chunk(2, 1)
     close(tokens.swiglu(gate_up, 10.0), torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10), 1e-6)
+
+
+@pytest.mark.parametrize(("num_streams", "width", "dtype"), [(4, 40, torch.float32), (2, 32, torch.bfloat16)])
+def test_mixing_in_two_launches(draw, num_streams, width, dtype):
+    streams = normal(draw, 19, num_streams, width, dtype=dtype)
+    num_logits = (2 + num_streams) * num_streams
+    fn, base, scale = normal(draw, num_logits, num_streams * width), normal(draw, num_logits), normal(draw, 3)
+    weight, settings = normal(draw, width), {"iterations": 6, "eps": 1e-6, "norm_eps": 1e-5}
+    logits = tokens.mixing_logits(streams, fn, 1e-5)
+    pre, *gates = tokens.mixing_gates(logits, base, scale, num_streams, 6, 1e-6)
+    want = tokens.collapse(streams, pre)
+    got = tokens.mixed(streams, fn, base, scale, **settings)
+    for one, other in zip(got, (want, *gates), strict=True):
+        close(one, other, BOUND[dtype])
+    normed = tokens.mixed(streams, fn, base, scale, **settings, norm=(weight, 1e-3))
+    close(normed[0], tokens.norm_turn(want.unsqueeze(1), weight=weight, eps=1e-3).squeeze(1), BOUND[dtype])
+    alone = tokens.mixed(streams[17:18].contiguous(), fn, base, scale, **settings, norm=(weight, 1e-3))
+    for one, of in zip(alone, normed, strict=True):
+        same(one, of[17:18])
+
+
+def test_turning_back(draw):
+    x, angles = normal(draw, 3, 2, 24, dtype=torch.bfloat16), normal(draw, 3, 4)
+    cos, sin = angles.cos(), angles.sin()
+    assert torch.equal(tokens.norm_turn(x, cos=cos, sin=sin, back=True), tokens.norm_turn(x, cos=cos, sin=-sin))

@@ -116,6 +116,7 @@ def found_in(where, data, forms, but=""):
 
 
 @pytest.mark.services
+@pytest.mark.whole_starts
 async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
     deployment, key, password, receiver = busy
     url = "http://" + deployment.one("router").http_address
@@ -152,6 +153,7 @@ async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
             with contextlib.suppress(OSError):
                 seen = await asyncio.to_thread(Path(f"/proc/{process.process.pid}/{name}").read_bytes)
                 found += found_in(f"{process.role}'s {name}", seen, forms)
+                assert not seen or name == "environ" or process.role.encode() in seen.split(b"\0")
     # 2. Metrics, and traces.
     for role, text in metrics.items():
         found += found_in(f"{role}'s metrics", text.encode(), forms)

@@ -1,0 +1,115 @@
+"""Weights that multiply the same inputs, kept side by side in memory, so that a GPU runs their products as one launch.
+
+A product of few rows takes about as long for 64 outputs as for 4,096, because each program adds up all addends. So five
+products of one input take five times as long as one product with all their outputs. The bits do not change: an output's
+sum has the same order whatever is computed next to it (`antefix_kernels.linear`, `packed_fp8`), and packed weights
+are joined only if their sums are split alike.
+
+The modules' weights become views of the joined memory, which needs no more memory than they did.
+
+Shapes:  N = rows, K = addends, O = outputs of one weight.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from antefix.model.numerics import has_kernels, linear
+from antefix.model.packed import PackedLinear, PackedMatrix, card_splits, joined_matrix
+
+# Products that were computed together, by module.
+Products = Mapping[nn.Module, Tensor]
+NO_PRODUCTS: Products = types.MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """splits: see `packed.card_product`."""
+
+    matrix: Tensor | PackedMatrix
+    splits: int | None
+
+
+def joined_products(x: Tensor, modules: Sequence[nn.Linear | PackedLinear]) -> Products:
+    """x [N, K] times the weight of each module: [N, O] each, views of one result. Without the modules whose weights
+    cannot be joined to others, and empty where there are no kernels.
+    """
+    if not has_kernels(x):
+        return NO_PRODUCTS
+    found: dict[nn.Module, Tensor] = {}
+    plain = [module for module in modules if not isinstance(module, PackedLinear)]
+    packed = [module for module in modules if isinstance(module, PackedLinear)]
+    for alike in (plain, packed):
+        product = joined_product(x, alike)
+        if product is not None:
+            found.update(zip(alike, product.split([module.weight.shape[0] for module in alike], -1), strict=True))
+    return found
+
+
+def joined_product(x: Tensor, modules: Sequence[nn.Linear | PackedLinear]) -> Tensor | None:
+    """x [N, K] times the weights of all modules, [N, sum of their O]; None if the weights cannot be joined, and where
+    there are no kernels.
+    """
+    joined = _joined(modules) if len(modules) > 1 and has_kernels(x) else None
+    return None if joined is None else linear(x, joined.matrix, splits=joined.splits)
+
+
+def product_of(x: Tensor, module: nn.Linear | PackedLinear, done: Products) -> Tensor:
+    """x [N, K] times the module's weight, from `done` if it is there."""
+    return done[module] if module in done else linear(x, module.weight)
+
+
+def _joined(modules: Sequence[nn.Linear | PackedLinear]) -> _Joined | None:
+    """The modules' joined weight, kept with the first module, and made again if a weight was replaced or moved. None if
+    the weights cannot be joined.
+    """
+    parts = sum((_tensors(module) for module in modules), ())
+    kept: tuple[tuple[tuple[int, ...], ...], _Joined | None] | None = getattr(modules[0], "_antefix_joined", None)
+    if kept is not None and kept[0] == _places(parts):
+        return kept[1]
+    # Outside of inference mode, so that the weights can be used everywhere.
+    with torch.inference_mode(False):
+        joined = _join(modules)
+    parts = sum((_tensors(module) for module in modules), ())
+    modules[0]._antefix_joined = (_places(parts), joined)  # type: ignore[assignment]
+    return joined
+
+
+def _tensors(module: nn.Linear | PackedLinear) -> tuple[Tensor, ...]:
+    return (module.codes, module.scales) if isinstance(module, PackedLinear) else (module.weight,)
+
+
+def _places(parts: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+    """Where in memory tensors lie. A tensor that replaces another one while that one is kept lies elsewhere."""
+    return tuple((part.data_ptr(), *part.shape) for part in parts)
+
+
+def _join(modules: Sequence[nn.Linear | PackedLinear]) -> _Joined | None:
+    """Put the modules' weights side by side, and make the modules' own weights views of the joined memory."""
+    first = modules[0]
+    if isinstance(first, PackedLinear):
+        packed = [module for module in modules if isinstance(module, PackedLinear)]
+        splits = {card_splits(module.weight) for module in packed}
+        matrix = joined_matrix([module.weight for module in packed]) if len(splits) == 1 else None
+        if matrix is None:
+            return None
+        row = 0
+        for module in packed:
+            rows, per_scale = len(module.codes), module.form.block[0]
+            module.codes = matrix.codes[row : row + rows]
+            module.scales = matrix.scales[row // per_scale : (row + rows) // per_scale]
+            row += rows
+        return _Joined(matrix, splits.pop())
+    plain = [module for module in modules if isinstance(module, nn.Linear)]
+    weights = [module.weight for module in plain]
+    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+        return None
+    joined = torch.cat([weight.detach() for weight in weights])
+    for each, part in zip(plain, joined.split([len(weight) for weight in weights]), strict=True):
+        each.weight = nn.Parameter(part, requires_grad=False)
+    return _Joined(joined, None)
