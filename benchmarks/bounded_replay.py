@@ -1,6 +1,6 @@
 """How wrong is a bounded replay of k windows, and how fast does the error fall with k?
 
-    python benchmarks/bounded_replay.py --tokens 4096 --points 24 --out bounded.json
+    python benchmarks/bounded_replay.py --tokens 4096 --points 24 --json benchmarks/results/bounded_replay.json
 
 The benchmark runs a document cold, with the kind of text that the model was trained on. At each resume point it
 rebuilds window state by replaying k windows, where tokens before the replay's start are not visible, and compares the
@@ -12,7 +12,6 @@ last k is at least as long as an exact replay, so its error must be 0.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
 from antefix.tokenizer import load_tokenizer
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 TEXT = ("docs/ARCHITECTURE.md", "docs/FORMAT.md", "docs/WINDOW_STATE.md", "docs/BILLING.md", "LICENSE")
@@ -36,22 +36,22 @@ def main() -> None:
     parser.add_argument("--kv-format", default="fp8", choices=["fp8", "float32"])
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--points", type=int, default=24, help="resume points, at block boundaries")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args.model, kv_format=KVFormat(args.kv_format))
     text = "\n\n".join((ROOT / name).read_text() for name in TEXT if (ROOT / name).is_file())
     tokens = np.array(load_tokenizer(args.model).encode(text)[: args.tokens], np.uint32)
     rows = measure(model, tokens, args.points)
-    text = json.dumps({"model": args.model.name, "kv_format": args.kv_format, "tokens": len(tokens), "rows": rows})
     print(f"{'windows':>8} {'tokens':>7} {'max error':>10} {'median':>10} {'mean KL':>10} {'other argmax':>13}")
     for row in rows:
         print(
             f"{row['windows']:>8} {row['replayed_tokens']:>7} {row['max_error']:>10.3g} {row['median_error']:>10.3g}"
             f" {row['mean_kl']:>10.3g} {row['argmax_differs']:>12.1%}"
         )
-    if args.out:
-        args.out.write_text(text + "\n")
+    if args.json:
+        record = {"model": args.model.name, "kv_format": args.kv_format, "tokens": len(tokens), "rows": rows}
+        write(args.json, record, "torch")
 
 
 def measure(model: Model, tokens: np.ndarray, num_points: int) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ timed_exchanges: list[dict[str, float]] = []
 _FP8 = (
     "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.o_a_proj", "self_attn.o_b_proj",
     "indexer.q_b_proj", "shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj",
+    "mtp.0.e_proj", "mtp.0.h_proj",
 )  # fmt: skip
 
 
@@ -57,12 +58,18 @@ def config_of(num_layers: int, *, toy: bool = False) -> dict[str, Any]:
 
 
 def draw_share(
-    *, ranks: Ranks | None, device: str, num_layers: int, toy: bool = False, dtype: torch.dtype = torch.bfloat16
+    *,
+    ranks: Ranks | None,
+    device: str,
+    num_layers: int,
+    toy: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    drafts: bool = False,
 ) -> Model:
-    """A rank's share of such a model, or the whole model, on the rank's device."""
+    """A rank's share of such a model, or the whole model, on the rank's device. drafts: with the draft layer."""
     config = ModelConfig.from_dict(config_of(num_layers, toy=toy))
     with torch.device("meta"):
-        model = Model(config, kv_format=KVFormat.FP8)
+        model = Model(config, kv_format=KVFormat.FP8, drafts=drafts)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(_FP8) and "compressor.kv" not in name:
             form = FORMS["fp8"].plain_inputs() if name.endswith("o_a_proj") else FORMS["fp8"]

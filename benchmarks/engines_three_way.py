@@ -48,6 +48,7 @@ from antefix_engines.vllm.run_prompts import MARK  # noqa: E402
 from antefix_engines.vllm.shape import Group, Shape  # noqa: E402
 from antefix_engines.vllm.v4_pages import V4Pages  # noqa: E402
 from benchmarks.engine_entries import show  # noqa: E402
+from benchmarks.run_record import write  # noqa: E402
 
 # From Antefix's module names to the names in the releases, for tensors where `save_model` keeps transformers' names.
 RELEASED: Final = {"hc_head.hc_": "hc_head_", "embed_tokens.": "embed.", ".attn.norm.": ".attn.kv_norm."}
@@ -164,7 +165,7 @@ def main() -> None:
         show(one, other, f"{one.engine} against {other.engine}, {one.num_tokens} tokens")
         report[f"{one.engine} against {other.engine}"] = [asdict(each) for each in compare(one, other)]
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.json, {"tokens": args.tokens, "pairs": report}, "torch", "transformers")
 
 
 if __name__ == "__main__":

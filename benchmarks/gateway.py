@@ -1,6 +1,6 @@
 """How much time does the HTTP gateway add to a request, compared with the router's own gRPC?
 
-    python benchmarks/gateway.py [--seconds S] [--model models/antefix-tiny]
+    python benchmarks/gateway.py [--seconds S] [--json benchmarks/results/gateway.json]
 
 One router process runs without workers; stand-ins return every answer at once. So the benchmark measures only the
 router's own work: reading the request, rendering, tokenizing, the bill (durable, in a ledger) and the answer. Clients
@@ -41,6 +41,7 @@ from antefix_router.gateway.app import start_http
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.router_config import RouterConfig
 from antefix_router.server import RouterServicer
+from benchmarks.run_record import write
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1024, 16
 CONCURRENT = 32
@@ -204,6 +205,7 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "models" / "antefix-tiny")
     parser.add_argument("--seconds", type=float, default=6.0, help="seconds of each measurement")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--credentials", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -224,6 +226,8 @@ async def main() -> None:
         await process.wait()
     shape = {"prompt_tokens": NUM_PROMPT_TOKENS, "output_tokens": NUM_OUTPUT_TOKENS, "concurrent": CONCURRENT}
     sys.stdout.write(json.dumps({**shape, **rows}, indent=2) + "\n")
+    if args.json:
+        write(args.json, {**shape, **rows}, "grpcio", "uvicorn")
 
 
 if __name__ == "__main__":

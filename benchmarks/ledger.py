@@ -1,6 +1,6 @@
 """How many requests per second can the ledger make durable, one at a time and in groups, and what does one cost?
 
-    python benchmarks/ledger.py [--directory DIR] [--records N]
+    python benchmarks/ledger.py [--directory DIR] [--records N] [--json benchmarks/results/ledger.json]
 
 Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is the number of requests that wait at
 once. Group commit lets these requests share an fdatasync. The program prints one JSON object with medians of --runs
@@ -27,6 +27,7 @@ from antefix_billing.progress_slots import ProgressJournal
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
+from benchmarks.run_record import write
 
 NOW_US = 1_790_000_000_000_000
 
@@ -38,6 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         rows = [measure(Path(scratch), args, concurrent) for concurrent in (1, 8, 64, 512)]
@@ -49,6 +51,8 @@ def main() -> None:
             "progress_mark_us": round(1e6 * mark_s(Path(scratch)), 1),
         }
     print(json.dumps(result, indent=2))
+    if args.json:
+        write(args.json, result)
 
 
 def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[str, object]:

@@ -8,12 +8,14 @@ verify    runs `antefix verify` over 1, 2, 4 ... ranks: hits must equal cold run
 model     measures memory per GPU, decode steps of 1, 32 and 128 sequences after `--context` tokens, and prefill chunks
           after 16K to 256K tokens. Each row has tokens per second, the floor, and the share of time that ranks spend
           in exchanges.
-restore   measures the time to first token of prefixes of `--lengths` tokens, cold as a worker runs them, and from disk
-          with the page cache dropped before. The times are divided by the floors of computing and of reading.
+restore   measures the time to first token of prefixes of `--lengths` tokens, cold as a worker runs them, from the page
+          cache, and from disk with the page cache dropped before. The times are divided by their floors: of computing,
+          or of reading and copying to the GPU (the slower of both) plus the floor of the last 100 tokens.
 services  runs `antefix up` with a model of `--service-layers` layers: prefill over all ranks, decode first over all
           ranks and then over one, with the same store. A hit must be answered as a cold start with the same ranks
           answers.
 
+With `--tensor-parallel-size 1`, `model` and `restore` measure a worker on one GPU, which has no ranks.
 Each step writes to ranks_on_cards.STEP.json after every row, so that an interrupted run keeps its finished rows.
 `--toy` runs everything at small widths, with `--device cpu` over gloo, to test the code. Its figures mean nothing.
 A floor is the time in which a GPU can read its share of packed bytes at copy bandwidth, or compute its share of
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -50,10 +53,11 @@ from antefix.store.local_store import LocalStore
 from antefix.window import PlanKind
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject
+from antefix_console.verify.stores import EmptyStore
 from antefix_prefill.worker.rank_processes import RankProcesses
 from benchmarks import run_record
 from benchmarks.attention_floor import attention_work
-from benchmarks.card_restore import Bench
+from benchmarks.card_restore import QUESTION_TOKENS, Bench
 from benchmarks.drawn_flash import draw_share, draw_with_exchanges, timed_exchanges
 from benchmarks.loading_on_card import write
 from benchmarks.ttft import direct_read_rate
@@ -155,14 +159,17 @@ def verify(args: argparse.Namespace, found: Found) -> None:
             found.add("verify", row, to_list=True)
 
 
-def start(args: argparse.Namespace, found: Found) -> tuple[RankProcesses, Model]:
-    ranks = RankProcesses(args.tensor_parallel_size, device=args.device, threads=args.threads)
+def start(args: argparse.Namespace, found: Found) -> tuple[RankProcesses | None, Model]:
+    """The model, and the processes of its other ranks, if there are any."""
     started = time.perf_counter()
-    hidden = 128 if args.toy else 4096
     settings = {"num_layers": args.layers, "toy": args.toy, "dtype": torch.bfloat16 if not args.toy else torch.float32}
-    model = ranks.load(draw_with_exchanges, hidden=hidden, **settings)
+    if args.tensor_parallel_size == 1:
+        ranks, model = None, draw_share(ranks=None, device=args.device, **settings)
+    else:
+        ranks = RankProcesses(args.tensor_parallel_size, device=args.device, threads=args.threads)
+        model = ranks.load(draw_with_exchanges, hidden=128 if args.toy else 4096, **settings)
+        found.add("exchanges", list(timed_exchanges))
     synchronize(args.device)
-    found.add("exchanges", list(timed_exchanges))
     found.add("draw_s", time.perf_counter() - started)
     return ranks, model
 
@@ -249,7 +256,8 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
         row |= {"over": step / floor, "exchange_share": statistics.median(part for _, part in runs[1:])}
         found.add("prefill", row, to_list=True)
     found.add("peak_card_gib", torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0)
-    ranks.close()
+    if ranks is not None:
+        ranks.close()
 
 
 async def measure_restore(args: argparse.Namespace, found: Found) -> None:
@@ -270,29 +278,78 @@ async def measure_restore(args: argparse.Namespace, found: Found) -> None:
             store = LocalStore(deployment.config.store_dir, process.address)
             disk = direct_read_rate(deployment.config.store_dir)
             found.add("disk_gb_per_s", disk / 1e9)
+            found.add("copy_to_card_gb_per_s", copy_to_card_rate(args.device) / 1e9)
             bench = Bench(subject, store, deployment.config.store_dir, args)
-            # This run compiles all kernels.
-            warm = await bench.compute_only(bench.tokens(2 * args.chunk + 100), reproducible=False)
-            found.add("warm_s", warm)
+            started = time.perf_counter()
+            await bench.compute.run(compile_for, bench, args)
+            found.add("warm_s", time.perf_counter() - started)
             for length in args.lengths:
-                document = bench.tokens(length)
-                cold = await bench.cold(document)
-                row: dict[str, Any] = {"tokens": length, "cold": cold}
-                row["cold_floor_s"] = share.cold_floor_s(length, args.chunk)
-                row["prefill_tokens_per_s"] = length / cold["until_logits_s"]
-                found.add(f"cold {length}", row)
-                disk_hit = await bench.restored(document, PlanKind.CHECKPOINT)
-                row["from_disk"] = disk_hit
-                row["from_disk_floor_s"] = disk_hit["bytes_read"] / disk + share.floor_s(100, context=length)
-                row["times"] = cold["until_logits_s"] / disk_hit["until_logits_s"]
-                found.add("restore", row, to_list=True)
+                found.add("restore", await restore_row(bench, length, share, found), to_list=True)
             bench.compute.close()
             await store.close()
         finally:
             await deployment.stop()
     if model.ranks is not None:
         found.add("exchange_share", model.ranks.time.share)
-    ranks.close()
+    if ranks is not None:
+        ranks.close()
+
+
+def compile_for(bench: Bench, args: argparse.Namespace) -> None:
+    """Run a chunk behind each number of tokens that doubles, so that the timed prompts compile no kernel."""
+    longest = max(args.lengths)
+    engine = bench.worker(EmptyStore(), longest, PlanKind.COLD)
+    table = engine.pool.allocate(longest // engine.block_size)
+    contexts = [0, args.chunk]
+    while contexts[-1] < longest - args.chunk:
+        contexts.append(min(2 * contexts[-1], longest - args.chunk))
+    for context in contexts:
+        window = WindowState.zeros(engine.layout, context, engine.device)
+        own = Sequence(table[: (context + args.chunk) // engine.block_size], window)
+        forward(engine.model, engine.pool, [(own, bench.tokens(args.chunk))], ops=engine.ops)
+        synchronize(args.device)
+
+
+async def restore_row(bench: Bench, length: int, share: Share, found: Found) -> dict[str, Any]:
+    """Times of one prefix: cold (one run), from disk and from the page cache (medians; the first run is left out)."""
+    rates = {"disk": found.values["disk_gb_per_s"], "copy": found.values["copy_to_card_gb_per_s"]}
+    document = bench.tokens(length)
+    cold = await bench.cold(document)
+    cold_s, cold_floor_s = cold["until_logits_s"], share.cold_floor_s(length, bench.args.chunk)
+    row: dict[str, Any] = {"tokens": length, "cold": cold, "cold_floor_s": cold_floor_s}
+    row |= {"prefill_tokens_per_s": length / cold_s, "cold_over": cold_s / cold_floor_s}
+    found.add(f"cold {length}", row)
+    for name, drops in (("disk", True), ("page_cache", False)):
+        runs = []
+        for _ in range(bench.args.repeats + 1):
+            runs.append(await bench.restored(document, PlanKind.CHECKPOINT, drops=drops))
+            # The worker that is done still holds its pool on the GPU if it is part of a cycle.
+            gc.collect()
+        hit = {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}
+        slower = min(rates.values()) if drops else rates["copy"]
+        floor_s = hit["bytes_read"] / slower / 1e9 + share.floor_s(QUESTION_TOKENS, context=length)
+        row[f"from_{name}"] = hit
+        row |= {f"from_{name}_floor_s": floor_s, f"from_{name}_over": hit["until_logits_s"] / floor_s}
+        row[f"from_{name}_all_s"] = [run["until_logits_s"] for run in runs]
+        row[f"times_{name}"] = cold_s / hit["until_logits_s"]
+        found.add(f"{name} {length}", row)
+    return row
+
+
+def copy_to_card_rate(device: str) -> float:
+    """Bytes per second from pinned host memory to the GPU."""
+    if device != "cuda":
+        return 1e10
+    host = torch.zeros(1 << 30, dtype=torch.uint8, pin_memory=True)
+    card = torch.empty_like(host, device=device, pin_memory=False)
+    spans = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        card.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+        spans.append(time.perf_counter() - started)
+    return len(host) / min(spans)
 
 
 async def measure_services(args: argparse.Namespace, found: Found) -> None:
@@ -363,8 +420,16 @@ def main() -> None:
     parser.add_argument(
         "--context", type=int, default=8192, help="number of earlier tokens in the cache when a decode step runs"
     )
-    parser.add_argument("--decode-steps", default="alone", choices=("alone", "together", "graphs-over-ranks"))
-    parser.add_argument("--short-prefills", default="alone", choices=("alone", "together"))
+    parser.add_argument(
+        "--decode-steps",
+        choices=("alone", "together", "graphs", "graphs-over-ranks"),
+        help="as the workers' setting (default: alone; with one rank graphs)",
+    )
+    parser.add_argument(
+        "--short-prefills",
+        choices=("alone", "together"),
+        help="as the workers' setting (default: alone; with one rank together)",
+    )
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens behind which chunks run"
     )
@@ -386,6 +451,9 @@ def main() -> None:
     parser.add_argument("--data-dir", help="directory for temporary files (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=Path(os.curdir))
     args = parser.parse_args()
+    is_one = args.tensor_parallel_size == 1
+    args.decode_steps = args.decode_steps or ("graphs" if is_one else "alone")
+    args.short_prefills = args.short_prefills or ("together" if is_one else "alone")
     torch.set_grad_enabled(False)
     for step in args.steps:
         found = Found(args, step)

@@ -1,6 +1,6 @@
 """How much longer does a short prefill after a hit take in a worker that also computes long cold prompts?
 
-    python -m benchmarks.short_next_to_long --long 16384 --num-long 2
+    python -m benchmarks.short_next_to_long --long 16384 --num-long 2 [--json FILE]
 
 A worker has a prompt of `--hit` tokens in memory. The benchmark times this prompt with `--new` more tokens, alone and
 while `--num-long` cold prompts are computed. "one queue" is an earlier design, which ran chunks and small jobs in order
@@ -31,6 +31,7 @@ from antefix_console.verify.stores import MemoryStore
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.engine import Engine
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +96,7 @@ def main() -> None:
         help="number of rounds, each with both orders in turn; the best round of each order counts",
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     table = Table("order", "alone, ms", f"next to {args.num_long} of {args.long} tokens, ms", "ratio")
@@ -103,10 +105,15 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, order in orders.items():
             found[name].append(asyncio.run(measure(order("model"), args)))
+    rows = []
     for name, rounds in found.items():
         alone, loaded = (min(each) for each in zip(*rounds, strict=True))
+        rows.append({"order": name, "alone_s": alone, "next_to_long_s": loaded})
         table.add_row(name, f"{alone * 1e3:.0f}", f"{loaded * 1e3:.0f}", f"{loaded / alone:.1f}")
     Console().print(table)
+    if args.json:
+        shape = {"hit": args.hit, "new": args.new, "long": args.long, "num_long": args.num_long}
+        write(args.json, {**shape, "rows": rows}, "torch")
 
 
 if __name__ == "__main__":

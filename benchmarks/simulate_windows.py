@@ -1,10 +1,14 @@
 """What hit rate does each window strategy give on real traces, and at what cost, by store size?
 
-    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows [--quick]
+    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows --stores endless \
+        --json benchmarks/results/simulate_windows.json
+    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows --stores limited \
+        --json benchmarks/results/simulate_windows_limited.json
 
 Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with
-an endless store and with bounded ones, and without replay. Writes JSON and SVGs for each trace, and prints the tables
-of docs/results/window_state.md. Two processes need about ten minutes, or a minute with --quick.
+an endless store and with bounded ones, and without replay. Writes JSON and SVGs for each trace; --json writes the
+record of docs/results/window_state.md, break-even included. Two processes need about ten minutes,
+one of them for endless stores.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antefix.window import parse
-from antefix_simulate.breakeven import break_even, break_even_text
+from antefix_simulate.breakeven import BreakEven, break_even, break_even_text
 from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
 from antefix_simulate.plot import plot
 from antefix_simulate.replay_result import Simulation
@@ -26,7 +30,24 @@ from antefix_simulate.result_table import as_text
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import load
 from antefix_simulate.trace_replay import ReplaySetup, simulate, store_hit_tokens
+from benchmarks import run_record
 
+# What the record keeps of each strategy.
+KEPT = (
+    "token_hit_rate",
+    "ideal_token_hit_rate",
+    "share_of_ideal",
+    "work_share_of_ideal",
+    "checkpoints_per_request",
+    "bytes_kept_max",
+    "bytes_written",
+    "recomputed_tokens",
+    "ttft_p50_s",
+    "ttft_p90_s",
+    "dollars",
+)
+# The points of the break-even table whose times and bytes the record keeps.
+SHOWN_PREFIXES, SHOWN_DISK, SHOWN_AGES = (4_096, 16_384, 65_536), 1.5e9, (60.0, 6 * 3600.0)
 STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
 
 
@@ -79,7 +100,7 @@ def carry_out(job: Job) -> Simulation:
     )
 
 
-def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
+def jobs(directory: Path, *, model: str, stores: Sequence[str]) -> list[Job]:
     found = [source for source in SOURCES if (directory / source.file).is_file()]
     endless = [
         Job(source=source, directory=directory, store_bytes=None, replay=replay, model=model)
@@ -91,17 +112,32 @@ def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
         for source in found
         for size in source.store_gb
     ]
-    return endless if quick else endless + bounded
+    return [*(endless if "endless" in stores else ()), *(bounded if "limited" in stores else ())]
 
 
 def write(simulations: Sequence[Simulation], out: Path, label: str) -> None:
     """Write one JSON file with all results, a plot of the endless store, and a plot over the store sizes."""
     (out / f"{label}.json").write_text(json.dumps([s.as_dict() for s in simulations], indent=1))
     replayed = [s for s in simulations if "no replay" not in s.trace]
-    plot([s for s in replayed if s.store_bytes is None], out / f"{label}_endless.svg")
+    if endless := [s for s in replayed if s.store_bytes is None]:
+        plot(endless, out / f"{label}_endless.svg")
     bounded = [s for s in replayed if s.store_bytes is not None]
     if len(bounded) > 1:
         plot(bounded, out / f"{label}_stores.svg")
+
+
+def recorded(simulation: Simulation) -> dict[str, object]:
+    found = simulation.as_dict()
+    found["strategies"] = {name: {key: result[key] for key in KEPT} for name, result in found["strategies"].items()}
+    return found
+
+
+def point(row: BreakEven) -> dict[str, object]:
+    """A row of the break-even table, with the strategies' figures only where the record keeps them."""
+    found = row.as_dict()
+    if row.prefix_tokens not in SHOWN_PREFIXES or row.disk_bytes_per_s != SHOWN_DISK or row.age_s not in SHOWN_AGES:
+        del found["outcomes"]
+    return found
 
 
 def main() -> int:
@@ -114,10 +150,13 @@ def main() -> int:
         choices=sorted(RATE_CARDS),
         help="model whose KV sizes and compute costs are used",
     )
-    parser.add_argument("--quick", action="store_true", help="endless stores only")
+    parser.add_argument("--json", type=Path, help="also write the record here")
+    parser.add_argument(
+        "--stores", nargs="+", choices=("endless", "limited"), default=("endless", "limited"), help="sizes to simulate"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = jobs(args.traces, model=args.model, quick=args.quick)
+    todo = jobs(args.traces, model=args.model, stores=args.stores)
     if not todo:
         sys.stderr.write(f"no trace found in {args.traces}\n")
         return 2
@@ -128,7 +167,11 @@ def main() -> int:
             print(as_text(simulation), end="\n\n", flush=True)
     for label in dict.fromkeys(job.source.label for job in todo):
         write([simulation for job, simulation in done if job.source.label == label], args.out, label)
-    print(break_even_text(break_even(model_sizes(args.model), Machine())))
+    points = break_even(model_sizes(args.model), Machine())
+    print(break_even_text(points))
+    if args.json:
+        record = {"simulations": [recorded(each) for _, each in done], "break_even": [point(row) for row in points]}
+        run_record.write(args.json, record, "numpy")
     return 0
 
 

@@ -14,7 +14,6 @@ those are in use.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from antefix.model.backend import make_backend
 from antefix.model.compiled import switch
 from antefix.model.compiled.check import enable
 from antefix.model.ops import Ops, TorchOps
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 CHUNK = 1024
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="list the operations of one step instead of measuring steps"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_model(args.model, device=args.device, kv_format=KVFormat.FP8)
@@ -163,8 +163,8 @@ def main() -> None:
         return
     rows = [measure(model, args.tokens, count, args.steps, args.new_tokens) for count in args.sequences]
     if args.json:
-        print(json.dumps({"tokens": args.tokens, "threads": args.threads, "device": args.device, "rows": rows}))
-        return
+        shape = {"tokens": args.tokens, "new_tokens": args.new_tokens, "threads": args.threads, "device": args.device}
+        write(args.json, {**shape, "compiled": switch.is_on(), "rows": rows}, "torch")
     table = Table("sequences", "together, ms", "one by one, ms", "torch alone, ms", "ratio", "sequence, ms", "tokens/s")
     first = rows[0]
     for row in rows:

@@ -178,3 +178,62 @@ def grammars(record: Any) -> Iterable[Row]:
         yield f"{said}: a token's mask, us", f"{record[key]['mask_us']:.0f}"
     yield "penalties over 8K prompt and 1K output tokens, us per token", f"{record['penalties_us']:.0f}"
     yield "a token at a temperature, without any of these, us", f"{record['choose_us']:,.0f}"
+
+
+@table("ledger.json", "billing/antefix_billing")
+def ledger_throughput(record: Any) -> Iterable[Row]:
+    yield (
+        "requests waiting at a time",
+        "requests/s, durable (higher is better)",
+        "requests per sync",
+        "CPU per request, us",
+    )
+    for row in record["requests"]:
+        yield (
+            str(row["concurrent"]),
+            f"{row['requests_per_s']:,}",
+            f"{row['requests_per_sync']:g}",
+            f"{row['cpu_us_per_request']:.0f}",
+        )
+
+
+@table("gateway.json", "router/antefix_router")
+def http_next_to_grpc(record: Any) -> Iterable[Row]:
+    yield "", "latency, one caller, ms", "requests/s (higher is better)", "server CPU per request, ms"
+    for said, key in (("gRPC, streamed", "grpc"), ("HTTP, whole", "http"), ("HTTP, streamed", "http_stream")):
+        row = record[key]
+        cpu_ms = row["server_cpu_ms_per_request"]
+        yield said, f"{row['latency_ms']:.2f}", f"{row['requests_per_s']:,.0f}", f"{cpu_ms:.2f}"
+
+
+@table("short_next_to_long.json", "prefill/antefix_prefill")
+def short_prompts(record: Any) -> Iterable[Row]:
+    yield "order of the work", "alone, ms", "next to long prompts, ms", "times alone (lower is better)"
+    for row in record["rows"]:
+        alone, loaded = row["alone_s"], row["next_to_long_s"]
+        yield row["order"], f"{1000 * alone:.0f}", f"{1000 * loaded:.0f}", f"{loaded / alone:.1f}"
+
+
+@table("follow_events.json", "router/antefix_router/fleet", "antefix/events", "antefix/lane_hashes.py")
+def following_events(record: Any) -> Iterable[Row]:
+    yield "", "figure (lower is better)"
+    yield "memory per block, directory included, bytes", str(record["one_event_per_prompt"]["bytes_per_block"])
+    for said, key in (
+        ("processor time per block, all blocks of a prompt in one event, us", "one_event_per_prompt"),
+        ("the same, an event per block, us", "one_event_per_block"),
+    ):
+        yield said, f"{record[key]['cpu_us_per_block']:.1f}"
+
+
+@table("checksums.json", "antefix/store_files/seal.py")
+def payload_macs(record: Any) -> Iterable[Row]:
+    yield "checksum or MAC of a payload", "GB/s of one core (higher is better)"
+    for name, rate in record["payload_gb_per_s"].items():
+        yield name, f"{rate:.1f}"
+
+
+@table("checksums.json", "antefix/lane_hashes.py")
+def block_names(record: Any) -> Iterable[Row]:
+    yield f"hashes of {record['num_blocks']:,} blocks of 512 bytes", "ms (lower is better)"
+    for name, ms in record["names_ms"].items():
+        yield name, f"{ms:.1f}"

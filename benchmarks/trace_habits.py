@@ -1,6 +1,6 @@
 """Where do requests diverge from stored prefixes, and how soon are checkpoints used again? `auto` relies on this.
 
-    python benchmarks/trace_habits.py --traces ../shared/traces
+    python benchmarks/trace_habits.py --traces ../shared/traces --json benchmarks/results/trace_habits.json
 
 Each trace is replayed with a checkpoint at every prompt's end and at every fork. For each stretch of new tokens, the
 program counts how often a later request shares only a part of it, by what lay before the stretch, by the stretch's
@@ -25,6 +25,7 @@ from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, load
 from antefix_simulate.trace_replay import ReplaySetup, simulate
+from benchmarks.run_record import write
 
 SOURCES = (
     ("agents", "claude_code_80.jsonl.gz", "claude-code"),
@@ -34,7 +35,7 @@ SOURCES = (
 STRETCHES = (0, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
 
 
-def leaves(trace: Trace) -> str:
+def leaves(trace: Trace) -> list[list[str]]:
     """A table of stretches of new tokens, by ground and length: how many, and where later requests diverge inside them.
 
     A stretch's ground is "new" (as `auto` defines it), "behind an end" of an earlier request, or "behind a fork" that
@@ -70,7 +71,7 @@ def leaves(trace: Trace) -> str:
         per_stretch = f"{sum(by_fifth) / counts[kind]:.3f}"
         cells = [kind[1], counts[kind], sum(by_fifth), per_stretch, first_units[kind], " ".join(map(str, by_fifth))]
         rows.append([kind[0], *map(str, cells)])
-    return text_table(rows[0], rows[1:])
+    return rows
 
 
 def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, int]:
@@ -80,7 +81,7 @@ def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, in
     return ground, max(limit for limit in STRETCHES if limit <= length)
 
 
-def uses(trace: Trace) -> str:
+def uses(trace: Trace) -> list[list[str]]:
     """A table of `auto`'s checkpoints by reason: the share that was ever used, and the ages of all uses."""
     setup = ReplaySetup(
         sizes=model_sizes("v4-flash"), machine=Machine(), card=RATE_CARDS["v4-flash"], limits=StoreLimits(), replay=True
@@ -90,10 +91,10 @@ def uses(trace: Trace) -> str:
     for reason, use in reasons.items():
         ages = [f"{share:.2%}" for share in use.ages.values()]
         rows.append([reason, str(use.left), f"{use.used / use.left:.1%}", str(use.uses), *ages])
-    return text_table(rows[0], rows[1:])
+    return rows
 
 
-def cue(path: Path) -> str:
+def cue(path: Path) -> list[list[str]]:
     """A table by number of tokens after a prompt's last 64-token block: how often the next turn missed that block."""
     total: Counter[str] = Counter()
     missed: Counter[str] = Counter()
@@ -116,26 +117,29 @@ def cue(path: Path) -> str:
                 previous = (call["hash_ids"], call["in"])
     rows = [["tokens beyond", "prompts", "last block missed"]]
     rows += [[label, str(total[label]), str(missed[label])] for label in sorted(total)]
-    return text_table(rows[0], rows[1:])
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, required=True, help="directory of the trace files")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
+    record: dict[str, dict[str, list[list[str]]]] = {}
     for label, name, trace_format in SOURCES:
         path = args.traces / name
         if not path.is_file():
             sys.stderr.write(f"{path} is missing\n")
             continue
         trace = load(path, trace_format, block_size=128)
-        print(
-            f"{label}: where a stretch is left\n{leaves(trace)}\n",
-            f"{label}: how auto's checkpoints are used\n{uses(trace)}\n",
-            sep="\n",
-        )
+        found = {"where a stretch is left": leaves(trace), "how auto's checkpoints are used": uses(trace)}
         if trace_format == "claude-code":
-            print(f"{label}: the cue at the end of a prompt\n{cue(path)}\n")
+            found["the cue at the end of a prompt"] = cue(path)
+        for name, rows in found.items():
+            print(f"{label}: {name}\n{text_table(rows[0], rows[1:])}\n")
+        record[label] = found
+    if args.json:
+        write(args.json, {"traces": record}, "numpy")
     return 0
 
 

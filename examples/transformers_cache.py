@@ -1,6 +1,6 @@
 """Runs your transformers model with Antefix's store. `generate` computes only the part of a prompt that is not stored.
 
-pip install 'antefix[transformers]'
+pip install '.[transformers]'
 python examples/transformers_cache.py MODEL DIRECTORY 'a long prompt'
 """
 

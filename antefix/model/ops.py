@@ -117,6 +117,11 @@ class TorchOps:
         to: Entries,
         first: int,
     ) -> None:
+        if is_compiled(rows):
+            from antefix.model.compiled.groups import close_line
+
+            if close_line(compressor, rows, overlap, cos, sin, to, first):
+                return
         pooled = pool_disjoint(rows) if overlap is None else pool_overlapping(rows, overlap)
         values = finish_entries(pooled, compressor.kv_norm, cos, sin)
         indices = torch.arange(first, first + len(values), device=values.device)

@@ -15,10 +15,12 @@ Shapes:  S = sequences, B = blocks of the longest table, V = vocabulary, M = str
 from __future__ import annotations
 
 import collections.abc
+import contextlib
+import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -305,7 +307,10 @@ class StepRunner:
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with (
+            _recording(model.device, self._memory),
+            torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"),
+        ):
             made = step()
         return graph.replay, made
 
@@ -324,6 +329,29 @@ class StepRunner:
             self._recorded_step(model, pool, seats, np.zeros((min(size, num_sequences_max), NUM_COLUMNS + 1), np.int32))
             if size >= num_sequences_max:
                 return
+
+
+@contextlib.contextmanager
+def _recording(device: torch.device, memory: Any) -> Iterator[None]:
+    """Keeps a recording from failing by chance, and a failed one from changing what runs after it.
+
+    Collecting an old graph as garbage is not permitted during a recording and ends it, so the collector waits. After a
+    failed recording `torch.cuda.graph` leaves its own stream as this thread's current one: later steps would then run
+    next to the work of other threads instead of after it, and read states that are still being written. It also leaves
+    the recording's memory open, in which case torch no longer frees unused memory when memory is short.
+    """
+    stream, collects = torch.cuda.current_stream(device), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # it is closed if the recording itself ended well
+            torch._C._cuda_endAllocateToPool(stream.device_index, memory)
+        raise
+    finally:
+        torch.cuda.set_stream(stream)
+        if collects:
+            gc.enable()
 
 
 def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 from antefix.errors import ConfigError, Unavailable
+from antefix.extras import needs
 from antefix.objects.bucket import ObjectGone, StoredObject
 from antefix.objects.range_source import RangeSource
 from antefix.objects.signed_ranges import SIGNED_URL, SignedRanges, reads_directly
@@ -69,7 +70,7 @@ class CloudBucket:
             from obstore import exceptions
             from obstore.store import from_url
         except ImportError as err:
-            raise ConfigError(f"{url} takes the library obstore: pip install 'antefix[s3]'") from err
+            raise ConfigError(needs(url, "obstore", "s3")) from err
         self.url = url
         self._library: Any = obstore
         self._errors: Any = exceptions

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, Protocol
 
 from antefix.errors import ConfigError
+from antefix.extras import needs
 from antefix.security.listening import is_loopback
 from antefix.split_url import split_url
 
@@ -113,7 +114,7 @@ def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
     except ModuleNotFoundError as err:
-        raise ConfigError(f"sending traces needs {err.name}: pip install 'antefix[otel]'") from err
+        raise ConfigError(needs("sending traces", str(err.name), "otel")) from err
     resource = Resource.create({"service.name": f"antefix-{role}", "service.instance.id": str(os.getpid())})
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(share)))
     insecure = not endpoint.startswith("https://")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from antefix.errors import ConfigError
+from antefix.extras import needs
 from antefix_billing.adjustment import Adjusted
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import FIELD_TYPES
@@ -142,7 +143,7 @@ def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as err:
-        raise ConfigError("export to Parquet needs pyarrow: pip install 'antefix[parquet]'") from err
+        raise ConfigError(needs("export to Parquet", "pyarrow", "parquet")) from err
     money = pa.decimal128(38, 12)
     kinds = {"int": pa.int64(), "bool": pa.bool_(), "Decimal": money}
     types = {name: kinds.get(kind, pa.string()) for name, kind in FIELD_TYPES.items()}

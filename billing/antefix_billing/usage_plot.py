@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from antefix.errors import ConfigError
+from antefix.extras import needs
 from antefix_billing.ratecard import RateCards
 from antefix_billing.usage_record import UsageRecord
 from antefix_billing.usage_report import Line, summarize
@@ -26,7 +27,7 @@ def plot(records: Sequence[UsageRecord], path: Path, *, cards: RateCards | None 
     try:
         from matplotlib.figure import Figure
     except ImportError as err:
-        raise ConfigError("the plot needs matplotlib: pip install 'antefix[plots]'") from err
+        raise ConfigError(needs("the plot", "matplotlib", "plots")) from err
     unit = _unit(records)
     lines = summarize(records, by=(unit, "miss_reason"), cards=cards)
     times = sorted({line.group[0] for line in lines})

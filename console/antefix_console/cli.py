@@ -30,6 +30,7 @@ from antefix.errors import (
     Unauthenticated,
     Unavailable,
 )
+from antefix.extras import needs
 from antefix.security import own_credentials
 from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as err:
         if err.name not in _EXTRA_OF:
             raise
-        print(f"antefix: this needs {err.name}: pip install 'antefix[{_EXTRA_OF[err.name]}]'", file=sys.stderr)
+        print(f"antefix: {needs('this command', err.name, _EXTRA_OF[err.name])}", file=sys.stderr)
         return EXIT_USAGE
     except InvalidRequest as err:
         return _fail(err, EXIT_USAGE)
@@ -144,7 +145,9 @@ def _run(args: list[str]) -> int:
         # In a directory of another deployment, a command finds that deployment's secret.
         if parsed.command == "serve" or "secret" not in str(err) or (secret := secret_file(parsed)) is None:
             raise
-        raise Unauthenticated(f"{err}; this command showed {secret}: name the deployment's own --data-dir") from err
+        raise Unauthenticated(
+            f"{err}; this command showed {secret}: name the deployment's own --data-dir or --secret-file"
+        ) from err
 
 
 def _subparser(

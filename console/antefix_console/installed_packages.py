@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from antefix.extras import install_command
 from antefix_console.finding import Finding
 
 _REQUIREMENT: Final = re.compile(r"\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;(.*))?")
@@ -71,10 +72,10 @@ def _findings(wanted: Iterable[Requirement]) -> Iterator[Finding]:
             version = importlib.metadata.version(each.name)
         except importlib.metadata.PackageNotFoundError:
             if each.extra == "":
-                yield Finding(check=each.name, status="fail", detail="not installed", advice="pip install antefix")
+                yield Finding(check=each.name, status="fail", detail="not installed", advice=install_command(""))
             elif each.name in _WORKER:
                 detail = "not installed: no prefill or decode worker can run here"
-                yield Finding(check=each.name, status="warn", detail=detail, advice="pip install 'antefix[worker]'")
+                yield Finding(check=each.name, status="warn", detail=detail, advice=install_command("worker"))
             continue
         if each.at_least and is_older(version, each.at_least):
             detail = f"{version}, and {each.at_least} is the oldest that works"

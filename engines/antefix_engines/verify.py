@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from antefix.errors import ConfigError
+from antefix.extras import needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,4 +61,4 @@ def findings_of(engine: str) -> Findings:
     try:
         return cast("Findings", importlib.import_module(CHECKS[engine]).findings)
     except ModuleNotFoundError as err:
-        raise ConfigError(f"--engine {engine} needs {err.name}: pip install 'antefix[{engine}]'") from err
+        raise ConfigError(needs(f"--engine {engine}", str(err.name), engine)) from err

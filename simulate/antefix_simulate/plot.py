@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest
+from antefix.extras import needs
 from antefix_simulate.replay_result import Simulation
 
 SUFFIXES = (".svg", ".png")
@@ -55,7 +56,7 @@ def load_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as err:
-        raise InvalidRequest("plots need matplotlib: pip install matplotlib, or leave out --plot") from err
+        raise InvalidRequest(f"{needs('--plot', 'matplotlib', 'plots')}, or leave out --plot") from err
     # At its first plot, matplotlib logs about its font cache, which does not interest the user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     matplotlib.use("Agg")

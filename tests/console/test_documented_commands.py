@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -64,5 +66,41 @@ def test_programs_and_files_that_are_documented_are_there() -> None:
     assert not missing
 
 
+@functools.cache
+def options(command: str, role: str) -> frozenset[str]:
+    """The options of a command, or of a part of it (`usage verify`); none if there is no such command."""
+    argv = [command, role] if role else [command]
+    parser, _ = cli.parser_of(argv)
+    found = None
+    while argv and (parts := [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]):
+        if argv[0] not in parts[0].choices:
+            break
+        parser = found = parts[0].choices[argv.pop(0)]
+    return frozenset(name for action in found._actions for name in action.option_strings) if found else frozenset()
+
+
+def commands_in_sentences() -> list[tuple[str, str]]:
+    """(document, command) of each `antefix ...` in prose and tables."""
+    found = []
+    for document in DOCUMENTS:
+        prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        found += [(document.name, " ".join(each.split())) for each in re.findall(r"`antefix ([^`]+)`", prose)]
+    return found
+
+
+def test_commands_in_sentences_have_the_options_that_they_show() -> None:
+    wrong = []
+    for document, text in commands_in_sentences():
+        first, *words = re.sub(r"[\[\]()]", " ", text).split()
+        if not re.fullmatch(r"[a-z]+(?:[-|][a-z]+)*", first):
+            continue
+        role = words[0].partition("|")[0] if words and re.fullmatch(r"[a-z|-]+", words[0]) else ""
+        known = options(first.partition("|")[0], role)
+        used = {word for word in words if re.fullmatch(r"--[a-z][a-z0-9-]*", word)}
+        if not known or used - known:
+            wrong.append(f"{document}: antefix {text}")
+    assert not wrong
+
+
 def test_there_are_commands_to_check() -> None:
-    assert len(commands("antefix")) > 60 and len(commands("make")) > 10
+    assert len(commands("antefix")) > 60 and len(commands("make")) > 10 and len(commands_in_sentences()) > 150

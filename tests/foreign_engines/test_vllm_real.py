@@ -60,7 +60,7 @@ def test_one_checkpoint_in_three_engines_is_stored_alike(tmp_path):
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=3500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(report.read_text())
+    found = json.loads(report.read_text())["pairs"]
     assert len(found) == 3 and all(len(groups) == 14 for groups in found.values())
     for name, groups in found.items():
         unexplained = {(each["layer"], each["group"]) for each in groups if not each["is_explained"]}

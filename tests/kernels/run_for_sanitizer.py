@@ -1,11 +1,13 @@
-"""Launches workers' kernels once or twice in V4-Flash's shapes, with few rows each, for compute-sanitizer.
+"""Launches workers' kernels once or twice in V4-Flash's attention shapes, with few rows each, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m tests.kernels.run_for_sanitizer [--parts ...]
 
-steps    a prompt, steps of 8 and 40 sequences in shared launches, and short prefills, over three layers of V4-Flash's
-         width with 8 experts; `--reproducible` as well where that is asked for
-packed   products with FP8 and FP4 weights, routed and not
-Uses no pytest and no files. Prints each part's end. A part that fails does not stop the next one.
+packed        products with FP8 and FP4 weights, routed and not
+W, C, H       one window-only, CSA or HCA layer: a prompt, steps of 8 and 40 sequences in shared launches, short
+              prefills. Heads have V4's sizes. All else is narrow: racecheck makes a kernel 20 to 100 times slower
+reproducible  the three kinds of layers in reproducible mode
+Uses no pytest and no files. Prints each part's end. A part that fails does not stop the next one. With one part per run
+and a time limit each, a slow part hides no result of the others.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ from benchmarks.decode_on_card import FLASH, build, follow
 from benchmarks.drawn_flash import FORMS
 from benchmarks.weights_on_card import draw_weight
 
-FEW = FLASH | {"n_routed_experts": 8, "vocab_size": 1024}
+FEW = FLASH | {
+    "n_routed_experts": 8, "vocab_size": 1024, "hidden_size": 512, "q_lora_rank": 256, "moe_intermediate_size": 256,
+    "o_lora_rank": 128,
+}  # fmt: skip
 
 
-def steps(*, reproducible: bool) -> None:
-    model = build(FEW, "WCH", torch.bfloat16, "cuda")
+def layer(kinds: str, *, reproducible: bool = False) -> None:
+    model = build(FEW, kinds, torch.bfloat16, "cuda")
     alone = TritonOps(model.layout, reproducible=reproducible)
     together = TritonOps(model.layout, reproducible=reproducible, batched=True, chunks=True)
     for count in (8, 40):
         # Lists of a few tiles. Kernels with roles split no list, and kernels without roles split theirs.
         pool, sequences = follow(model, alone, 1200, count, 64)
         for tokens in (1, 3):
-            batch = [(each, np.ones(tokens, np.uint32)) for each in sequences[: 512 // tokens]]
+            batch = [(each, np.ones(tokens, np.uint32)) for each in sequences]
             forward(model, pool, batch, ops=together)
         forward(model, pool, [(sequences[0], np.ones(20, np.uint32))], ops=alone)
     torch.cuda.synchronize()
@@ -56,9 +61,11 @@ def packed() -> None:
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "steps": lambda: steps(reproducible=False),
-    "reproducible": lambda: steps(reproducible=True),
     "packed": packed,
+    "W": lambda: layer("W"),
+    "C": lambda: layer("C"),
+    "H": lambda: layer("H"),
+    "reproducible": lambda: layer("WCH", reproducible=True),
 }
 
 

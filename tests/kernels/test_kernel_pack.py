@@ -194,7 +194,7 @@ def test_wrong_operands_are_refused(device, draw):
 
 
 def test_entries_are_written_to_several_places(device, draw):
-    values, nbytes = torch.randn(3, 96, generator=draw, device=device), EntryFormat(96, 32).nbytes
+    values, nbytes = torch.randn(3, 96, generator=draw, device=device), EntryFormat(head_dim=96, rope_dim=32).nbytes
     one_by_one, together = (make_pool(1, 8, nbytes, device) for _ in range(2))
     slots = torch.tensor([[5, 0, 3], [1, 7, 2]], dtype=torch.int32, device=device)
     for part in slots:

@@ -15,6 +15,7 @@ import torch
 
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward
+from antefix.model.attention import CSACompressor
 from antefix.model.compiled import check, switch
 from antefix.model.compiled.sources import sources_digest
 from antefix.model.model import DecoderLayer
@@ -71,6 +72,29 @@ def test_steps_and_pieces_leave_the_bits_that_torch_leaves(name: str, kv_format:
     # Steps take three calls per layer, except for the model that scores experts in another way.
     assert (plans_of(model) is None) == (name == "three heads")
     assert left_behind(model) == expected
+
+
+@needs_numba
+@pytest.mark.slow
+def test_entries_of_any_size_are_stored_as_torch_stores_them() -> None:
+    """Also entries that are not finite, which the kernel leaves to torch."""
+    model, config = make("plain"), make("plain").config
+    for layer in {cast(DecoderLayer, layer).self_attn.kind: layer for layer in model.model.layers}.values():
+        attention = cast(DecoderLayer, layer).self_attn
+        if (compressor := attention.compressor) is None:
+            continue
+        norms = [compressor.kv_norm]
+        norms += [compressor.indexer.kv_norm] if isinstance(compressor, CSACompressor) else []
+        for factor in (0.0, -1e-42, 1e-12, 1e30, float("inf"), float("nan")):
+            for norm in norms:
+                norm.weight.data[: config.geometry.indexer_dim // 2] = factor
+            left = []
+            for on in (False, True):
+                switch.use(on)
+                with torch.inference_mode():
+                    angles = model.rope(attention.kind, torch.arange(11) * 37)
+                    left.append([x.view(torch.uint8) for _, x in check._closed_groups(model, attention, angles)])
+            assert all(map(torch.equal, *left)), (attention.kind, factor)
 
 
 @needs_numba

@@ -90,7 +90,7 @@ def test_without_matplotlib_a_plot_says_how_to_get_it(
     trace_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(InvalidRequest, match="pip install matplotlib"):
+    with pytest.raises(InvalidRequest, match=r"matplotlib: pip install .*\[plots\]"):
         _run("--trace", str(trace_path), "--format", "mooncake", "--plot", str(tmp_path / "x.svg"))
 
 

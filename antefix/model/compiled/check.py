@@ -16,6 +16,7 @@ from antefix.model.attend import WindowLine
 from antefix.model.attention import Attention, CSACompressor
 from antefix.model.compiled import switch
 from antefix.model.compiled.switch import exponential_address
+from antefix.model.compressor import Compressor
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
 from antefix.model.norms_rope import norm_rotate
@@ -27,6 +28,8 @@ log = logging.getLogger("antefix.model")
 
 # Rows that are compared: more than one tile, with some padding rows behind the tokens.
 _ROWS, _TOKENS = 48, 41
+# Closed groups that are compared: more than are packed side by side.
+_GROUPS = 11
 # So few rows that the products are compiled as well.
 _FEW = 3
 _refused = False
@@ -158,6 +161,7 @@ def _attention(
         yield "compressor rows", attention.compressor.project(x, positions)
         norm = attention.compressor.kv_norm
         yield "entries", norm_rotate(entries, norm.weight, norm.eps, *angles)
+        yield from _closed_groups(model, attention, angles)
     if isinstance(attention.compressor, CSACompressor):
         indexer = attention.compressor.indexer
         yield "indexer rows", indexer.project(x, positions)
@@ -165,6 +169,30 @@ def _attention(
         yield "index queries", index_queries
         if model.layout.kv_format is KVFormat.FP8:
             yield "rounded queries", round_queries(index_queries, model.layout)
+
+
+def _closed_groups(model: Model, attention: Attention, angles: tuple[Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Records and decoded values of entries that random rows of closed groups are pooled into."""
+    main = cast(Compressor, attention.compressor)
+    kinds = [(PartKind.HCA_MAIN, main)]
+    if isinstance(main, CSACompressor):
+        kinds = [(PartKind.CSA_MAIN, main), (PartKind.INDEXER_KEYS, main.indexer)]
+    num = min(len(angles[0]), _GROUPS)
+    cos, sin = (table[:num] for table in angles)
+    for kind, compressor in kinds:
+        random = torch.Generator().manual_seed(4)
+        part = BlockPool(model.layout, 1).part(model.config.geometry.layers.index(attention.kind), kind)
+        pool = BlockPool(model.layout, -(-_GROUPS // part.num_rows))
+        ratio, columns = compressor.position_bias.shape
+        rows = torch.randn(2, _GROUPS, ratio, columns, generator=random)[:, :num]
+        overlap = None
+        if kind is not PartKind.HCA_MAIN:
+            overlap = torch.randn(2, ratio, compressor.width, generator=random)
+        entries = Entries(pool=pool, part=part, block_ids=torch.arange(pool.num_blocks))
+        TorchOps().compress_and_pack(compressor, rows, overlap, cos, sin, entries, 0)
+        places = entries.locate(torch.arange(num))
+        yield f"records of {kind.name}", pool.records(part)[places]
+        yield f"decoded records of {kind.name}", pool.decoded(part)[places]
 
 
 def _across(model: Model, attention: Attention, num: int) -> Iterator[tuple[str, Tensor]]:

@@ -6,7 +6,7 @@ The compiler may not fuse, reorder or approximate operations here: the source al
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -15,6 +15,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from antefix.model.compiled.sources import sources_digest
+
+T = TypeVar("T")
 
 f32 = np.float32
 i32 = np.int32
@@ -108,12 +110,18 @@ def integers(address: int, first: int, size: int) -> Any:
     return numba.carray(_pointer(address + 8 * first), (size,), dtype=np.int64)
 
 
-def kernel(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+@inline
+def octets(address: int, first: int, size: int) -> Any:
+    """The same for bytes."""
+    return numba.carray(_pointer(address + first), (size,), dtype=np.uint8)
+
+
+def kernel(signature: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Compile a function for one signature; the compiled function runs without Python's global lock. The compiled code
     is cached on disk if possible.
     """
 
-    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+    def wrap(function: Callable[..., T]) -> Callable[..., T]:
         # Part of the cached file's name.
         function.__qualname__ += f"_{sources_digest()}"
         try:

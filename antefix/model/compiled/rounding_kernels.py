@@ -16,17 +16,17 @@ from antefix.model.quant import FP4_FLOOR, FP4_MAX, FP8_FLOOR, FP8_MAX
 _FP8_FLOOR, _FP8_MAX, _FP8_SHARE = f32(FP8_FLOOR), f32(FP8_MAX), f32(1.0 / FP8_MAX)
 _FP4_FLOOR, _FP4_MAX, _FP4_SHARE = f32(FP4_FLOOR), f32(FP4_MAX), f32(1.0 / FP4_MAX)
 # Number of rows whose Hadamard transforms are computed side by side.
-_SIDE = 8
+SIDE = 8
 
 
 @inline
-def _power_above(largest: Any, share: Any) -> Any:
+def power_above(largest: Any, share: Any) -> Any:
     """The scale of a group of numbers in a KV record (`quant._scales`)."""
     return float_of(i32((i32(bits_of(largest * share)) + i32(0x7FFFFF)) & i32(0x7F800000)))
 
 
 @inline
-def _to_fp8(value: Any) -> Any:
+def to_fp8(value: Any) -> Any:
     """A number in [-448, 448] rounded to E4M3."""
     bits = bits_of(value)
     # Below 2^-6 the codes are 2^-9 apart. From 2^-6 on, three bits of the mantissa are kept, ties to even.
@@ -36,34 +36,34 @@ def _to_fp8(value: Any) -> Any:
 
 
 @plain
-def _transform(work: Any, size: int, shrink: Any) -> None:
-    """The butterflies of _SIDE rows' Hadamard transforms at once: work [C, _SIDE]."""
+def transform(work: Any, size: int, shrink: Any) -> None:
+    """The butterflies of SIDE rows' Hadamard transforms at once: work [C, SIDE]."""
     reach = 1
     while reach < size:
         for start in range(0, size, 2 * reach):
-            low = work[start * _SIDE : (start + reach) * _SIDE]
-            high = work[(start + reach) * _SIDE : (start + 2 * reach) * _SIDE]
-            for k in range(reach * _SIDE):
+            low = work[start * SIDE : (start + reach) * SIDE]
+            high = work[(start + reach) * SIDE : (start + 2 * reach) * SIDE]
+            for k in range(reach * SIDE):
                 a, b = low[k], high[k]
                 low[k], high[k] = a + b, a - b
         reach *= 2
-    for k in range(size * _SIDE):
+    for k in range(size * SIDE):
         work[k] *= shrink
 
 
 @plain
 def _round_group(group: Any) -> None:
-    """Round the same group of _SIDE rows, each row by its own scale: group [32, _SIDE]."""
-    scales = np.full(_SIDE, _FP4_FLOOR, np.float32)
-    for start in range(0, len(group), _SIDE):
-        row = group[start : start + _SIDE]
-        for i in range(_SIDE):
+    """Round the same group of SIDE rows, each row by its own scale: group [32, SIDE]."""
+    scales = np.full(SIDE, _FP4_FLOOR, np.float32)
+    for start in range(0, len(group), SIDE):
+        row = group[start : start + SIDE]
+        for i in range(SIDE):
             scales[i] = max(scales[i], abs(row[i]))
-    for i in range(_SIDE):
-        scales[i] = _power_above(scales[i], _FP4_SHARE)
-    for start in range(0, len(group), _SIDE):
-        row = group[start : start + _SIDE]
-        for i in range(_SIDE):
+    for i in range(SIDE):
+        scales[i] = power_above(scales[i], _FP4_SHARE)
+    for start in range(0, len(group), SIDE):
+        row = group[start : start + SIDE]
+        for i in range(SIDE):
             value = min(max(row[i] / scales[i], -_FP4_MAX), _FP4_MAX)
             power = float_of(i32(max(bits_of(value) & i32(0x7F800000), i32(0x3F800000))))
             row[i] = rint((value / power) * f32(2)) * power * f32(0.5) * scales[i]
@@ -79,9 +79,9 @@ def round_entries(x: int, num: int, size: int, rope: int) -> None:
             largest = _FP8_FLOOR
             for k in range(len(group)):
                 largest = max(largest, abs(group[k]))
-            scale = _power_above(largest, _FP8_SHARE)
+            scale = power_above(largest, _FP8_SHARE)
             for k in range(len(group)):
-                group[k] = _to_fp8(min(max(group[k] / scale, -_FP8_MAX), _FP8_MAX)) * scale
+                group[k] = to_fp8(min(max(group[k] / scale, -_FP8_MAX), _FP8_MAX)) * scale
         turned = floats(x, n * size + nope, rope)
         for k in range(rope):
             bits = bits_of(turned[k])
@@ -91,17 +91,17 @@ def round_entries(x: int, num: int, size: int, rope: int) -> None:
 @kernel("void(int64, int64, int64, int64)")
 def round_queries(out: int, x: int, num: int, size: int) -> None:
     """`quant.round_queries` in the FP8 format: Hadamard transform of x [N, C], then FP4 in groups of 32."""
-    work, shrink = np.zeros(size * _SIDE, np.float32), f32(size**-0.5)
-    for first in range(0, num, _SIDE):
-        many = min(_SIDE, num - first)
+    work, shrink = np.zeros(size * SIDE, np.float32), f32(size**-0.5)
+    for first in range(0, num, SIDE):
+        many = min(SIDE, num - first)
         for i in range(many):
             given = floats(x, (first + i) * size, size)
             for c in range(size):
-                work[c * _SIDE + i] = given[c]
-        _transform(work, size, shrink)
+                work[c * SIDE + i] = given[c]
+        transform(work, size, shrink)
         for start in range(0, size, FP4_GROUP):
-            _round_group(work[start * _SIDE : min(start + FP4_GROUP, size) * _SIDE])
+            _round_group(work[start * SIDE : min(start + FP4_GROUP, size) * SIDE])
         for i in range(many):
             made = floats(out, (first + i) * size, size)
             for c in range(size):
-                made[c] = work[c * _SIDE + i]
+                made[c] = work[c * SIDE + i]

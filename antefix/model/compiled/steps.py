@@ -16,6 +16,7 @@ from antefix.layout import PartKind
 from antefix.model.attention import Attention, CSACompressor
 from antefix.model.compiled import attention_kernels, state_kernels
 from antefix.model.compiled.attention import Integers, pick, places_of, sizes_of
+from antefix.model.compiled.groups import close_groups
 from antefix.model.compressor import Compressor
 from antefix.model.model import Model
 from antefix.model.ops import HCA_SEGMENT
@@ -120,6 +121,17 @@ class CompiledSteps(Steps):
         )  # fmt: skip
         if self._write:
             self._write_groups(layer, kind, compressor, groups, overlaps)
+
+    def _write_groups(
+        self, layer: int, kind: PartKind, compressor: Compressor, groups: Tensor, overlaps: Tensor | None
+    ) -> None:
+        ratio, part = compressor.ratio, self._pool.part(layer, kind)
+        closing = self._groups[ratio]
+        indices = self._position.numpy()[closing] // ratio
+        blocks, places = self._tables.numpy()[closing, indices // part.num_rows], indices % part.num_rows
+        angles = self._group_rope(layer, self._closing[ratio], ratio)
+        if not close_groups(compressor, groups, overlaps, *angles, self._pool, part, blocks, places):
+            super()._write_groups(layer, kind, compressor, groups, overlaps)
 
 
 def _columns(window: WindowState) -> dict[tuple[PartKind, int], tuple[int, int]]:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from antefix.errors import ConfigError
+from antefix.extras import needs
 from antefix.whole_number import whole_number
 from antefix_billing.push.delivery import Delivery
 from antefix_billing.push.push_config import SinkConfig
 
 _TIMEOUT_S: Final = 20.0
 _RETRY_AFTER_S_MAX: Final = 24 * 3600
-_EXTRA: Final = "pip install 'antefix[push]'"
 
 
 class Rejected(Exception):
@@ -109,7 +109,7 @@ class OpenMeterSink:
         try:
             from openmeter import Client
         except ImportError as err:
-            raise ConfigError(f"sink {config.name}: {_EXTRA}") from err
+            raise ConfigError(needs(f"sink {config.name}", "openmeter", "push")) from err
         # This program repeats failed calls. Repeats inside the client would hide how much is waiting.
         self._client: Any = Client(endpoint=config.url, token=config.key, retry_total=0)
 
@@ -134,7 +134,7 @@ class LagoSink:
             from lago_python_client.client import Client
             from lago_python_client.models import BatchEvent, Event
         except ImportError as err:
-            raise ConfigError(f"sink {config.name}: {_EXTRA}") from err
+            raise ConfigError(needs(f"sink {config.name}", "lago-python-client", "push")) from err
         self._code = config.code
         self._client: Any = Client(api_key=config.key, api_url=config.url)
         self._event, self._batch = Event, BatchEvent
@@ -173,7 +173,7 @@ class StripeSink:
         try:
             import stripe
         except ImportError as err:
-            raise ConfigError(f"sink {config.name}: {_EXTRA}") from err
+            raise ConfigError(needs(f"sink {config.name}", "stripe", "push")) from err
         self._meters = config.meters
         # This program repeats failed calls. Repeats inside the client would hide how much is waiting.
         self._client: Any = stripe.StripeClient(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from antefix.errors import InvalidRequest
+from antefix.extras import needs
 
 # As in arXiv 2502.07776. It is small because an audit makes many comparisons, and must not accuse by chance.
 ALPHA = 1e-8
@@ -37,5 +38,5 @@ def _stats() -> Any:
     try:
         from scipy import stats
     except ModuleNotFoundError as err:
-        raise InvalidRequest("an audit needs scipy: pip install 'antefix[client]'") from err
+        raise InvalidRequest(needs("an audit", "scipy", "client")) from err
     return stats

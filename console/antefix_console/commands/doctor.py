@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from antefix.extras import install_command
 from antefix.host_limits import usable_cores
 from antefix_console import shipped
 from antefix_console.finding import Finding
@@ -211,8 +212,8 @@ def _gpu() -> Finding:
         return Finding(check="gpu", status="ok", detail="none; everything runs on the CPU")
     name = torch.cuda.get_device_name()
     if importlib.util.find_spec("triton") is None:
-        advice = "pip install 'antefix[gpu]'"
-        return Finding(check="gpu", status="warn", detail=f"{name}; no Triton, so no kernels", advice=advice)
+        detail = f"{name}; no Triton, so no kernels"
+        return Finding(check="gpu", status="warn", detail=detail, advice=install_command("gpu"))
     return Finding(check="gpu", status="ok", detail=name)
 
 

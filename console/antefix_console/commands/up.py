@@ -153,7 +153,7 @@ def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(),
         metavar="FILE",
-        help="file or directory of prices (examples: deploy/ratecards)",
+        help="files of prices (examples: deploy/ratecards/*.toml)",
     )
     parser.add_argument(
         "--anchors",

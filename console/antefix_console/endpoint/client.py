@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from antefix.errors import InvalidRequest, Unavailable
+from antefix.extras import needs
 from antefix.security.listening import is_loopback
 from antefix.split_url import is_http_url, split_url
 from antefix_console.endpoint.dialects import DIALECTS, Stream
@@ -216,5 +217,5 @@ def _httpx() -> Any:
     try:
         import httpx
     except ModuleNotFoundError as err:
-        raise InvalidRequest("this command needs httpx: pip install 'antefix[client]'") from err
+        raise InvalidRequest(needs("this command", "httpx", "client")) from err
     return httpx
