@@ -95,7 +95,7 @@ class Pulse:
     def start(self) -> None:
         if self._task is None:
             # An empty context: the task serves all waiting calls, so it must not carry one call's request id.
-            self._task = keep_running(self._run, f"the watch of {self.name}", context=Context())
+            self._task = keep_running(self._run, "the watch", of=self.name, context=Context())
 
     async def close(self) -> None:
         task, self._task = self._task, None

@@ -50,7 +50,7 @@ from antefix_console.supervise import Supervisor
 from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, REDIS_FAULTS, Fault, clock_file
 from benchmarks.fault_links import LinkedDeployment
 from benchmarks.run_record import write
-from benchmarks.soak import playable
+from benchmarks.soak import PROMPT_TOKENS_MAX, playable
 from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def conversations(rng: random.Random) -> Iterator[Tokens]:
 
 def from_trace(path: Path, rng: random.Random) -> Iterator[Tokens]:
     """The conversations of an agents' trace, one after the other."""
-    for prompts in playable(path, rng):
+    for prompts in playable(path, rng, PROMPT_TOKENS_MAX):
         yield from (prompt for prompt in prompts if len(prompt) <= TRACE_TOKENS_MAX)
 
 

@@ -50,8 +50,10 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 Tokens = npt.NDArray[np.uint32]
 
-# Tokens of the system prompt that all conversations share, and of the longest prompt. Two cores need too long for more.
-SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
+# Tokens of the system prompt that all conversations share.
+SYSTEM_TOKENS = 192
+# Tokens of the longest prompt, unless the command says otherwise: two cores need too long for longer ones.
+PROMPT_TOKENS_MAX = 4000
 # A burst's prompts are shorter, so that the whole burst ends within the time limit.
 BURST_TOKENS_MAX = 600
 FILLER_BLOCKS, FILLER_BYTES = 16, 20_000
@@ -124,7 +126,7 @@ class Soak:
 
     async def fill(self) -> None:
         """Put blocks that nobody reads into the store until it has evicted some, so that it has its full size."""
-        async with contextlib.aclosing(RemoteStore(self.steady["kvstore"].address)) as store:
+        async with RemoteStore(self.steady["kvstore"].address) as store:
             for number in range(2 * parse_byte_size(self.args.store_bytes) // (FILLER_BLOCKS * FILLER_BYTES) + 1):
                 prompt = Prompt([number] * BLOCK * FILLER_BLOCKS, payload_bytes=FILLER_BYTES)
                 await store.put(prompt.blocks())
@@ -146,10 +148,11 @@ class Soak:
     async def run(self) -> None:
         """Play conversations until the time is over, then wait for the requests that still run."""
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
-        conversations = playable(self.args.trace, self.rng)
+        trace, num_max = self.args.trace, self.args.prompt_tokens_max
+        conversations = playable(trace, self.rng, num_max)
         try:
             players = [self.play(conversations) for _ in range(self.args.clients)]
-            await asyncio.gather(*players, self.burst(playable(self.args.trace, random.Random(self.args.seed + 1))))
+            await asyncio.gather(*players, self.burst(playable(trace, random.Random(self.args.seed + 1), num_max)))
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -287,8 +290,11 @@ class Soak:
         return result
 
 
-def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
-    """The trace's conversations, repeated endlessly in random order, each time with different tokens."""
+def playable(path: Path, rng: random.Random, num_max: int) -> Iterator[list[Tokens]]:
+    """The trace's conversations, repeated endlessly in random order, each time with different tokens.
+
+    num_max: tokens of the longest prompt; longer ones are left out.
+    """
     sessions: dict[str, list[TraceRequest]] = {}
     for request in load(path, "claude-code", block_size=64).requests:
         sessions.setdefault(request.session, []).append(request)
@@ -296,7 +302,7 @@ def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
     for salt in range(1 << 30):
         for session in rng.sample(sorted(sessions), len(sessions)):
             found = [tokens_of(request, salt, system) for request in sessions[session]]
-            yield [prompt for prompt in found if len(prompt) <= PROMPT_TOKENS_MAX]
+            yield [prompt for prompt in found if len(prompt) <= num_max]
 
 
 def tokens_of(request: TraceRequest, salt: int, system: Tokens) -> Tokens:
@@ -341,6 +347,12 @@ def main() -> int:
         type=float,
         default=0.15,
         help="share of requests of which several identical copies are sent at the same time",
+    )
+    parser.add_argument(
+        "--prompt-tokens-max",
+        type=int,
+        default=PROMPT_TOKENS_MAX,
+        help="longer prompts of the trace are left out",
     )
     parser.add_argument("--bursts", type=int, default=0, help="bursts of requests at the start, one after the other")
     parser.add_argument("--burst-requests", type=int, default=32, help="requests that a burst sends at once")

@@ -42,7 +42,16 @@ from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.spread import over_neighbours, with_spread
-from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
+from benchmarks.store_limits import (
+    DIRECT_READERS,
+    WARM_READERS,
+    direct_read,
+    drop_cache,
+    one_pass_read,
+    raw_write,
+    seconds,
+    warm_read,
+)
 from benchmarks.store_payloads import blocks, layout_of, pool_like
 from benchmarks.store_peers import MODULES, PEERS
 from benchmarks.store_remote import measure_remote
@@ -146,7 +155,7 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
     if not with_fio:
         tell("fio is not installed: durable puts and cold restores are held against Python's own writer and readers")
     # Is loaded now, and not in the middle of a measurement.
-    checked_reads()
+    reads = checked_reads()
     source = directory / "payloads.bin"
     raw_write(source, payloads, BATCH_BLOCKS)
     found = Found(payloads.nbytes)
@@ -186,6 +195,9 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             depth, count = WARM_READERS[-1]
             checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=xxhash.xxh3_128_digest)
             found.note(f"checked_{depth}x{count}", checked_s)
+            if reads is not None:
+                one_pass_s = one_pass_read(place / "raw.bin", into, reads, depth=depth, num_blocks=count)
+                found.note("one_pass", one_pass_s)
             # For comparison: numpy's sum of all words in place of XXH3. It costs about as much, so it is no bound.
             found.note("summed", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=word_sum))
         for peer in peers:
@@ -321,6 +333,9 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out |= with_spread("warm_over_checked", ratios(values, "warm", *checked))
     out |= with_spread("warm_uncompiled_over_checked", ratios(values, "warm_uncompiled", *checked))
     out |= with_spread("checked_ratio", ratios(values, checked[0], *pread))
+    if "one_pass" in values:
+        out |= with_spread("one_pass_ratio", ratios(values, "one_pass", *pread))
+        out |= with_spread("warm_over_one_pass", ratios(values, "warm", "one_pass"))
     out |= with_spread("summed_ratio", ratios(values, "summed", *pread))
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
     out["remote_over_best_bare"] = ratio(values, "remote", "bare_stream", "bare_blocking_stream")

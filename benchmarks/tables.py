@@ -184,6 +184,8 @@ _LIMITS = (
     ("warm restore over preadv and XXH3 with nothing else", "warm_over_checked", 2, "for comparison"),
     ("the same without machine code", "warm_uncompiled_over_checked", 2, "1 at most"),
     ("preadv and XXH3 with nothing else over the best preadv", "checked_ratio", 2, "bound of two passes"),
+    ("one pass with nothing else over the best preadv", "one_pass_ratio", 2, "bound of one pass"),
+    ("warm restore over one pass with nothing else", "warm_over_one_pass", 2, "for comparison"),
     ("preadv and the sum of all words over the best preadv", "summed_ratio", 2, "for comparison"),
     ("fio's best durable writer over itself a moment before", "fio_over_fio", 2, "how much the disk varies"),
     ("naming 1M tokens and looking them up, ms", "lookup_ms", 1, "3 or less"),

@@ -74,3 +74,14 @@ def hits_of_a_fleet(record: Any) -> Iterable[Row]:
     for row in record["policies"]:
         shares = (f"{100 * row[key] / row['prompt_tokens']:.1f}" for key in ("hit_tokens", "expected_tokens"))
         yield f"`{row['policy']}`", str(row["num_requests"]), *shares, f"{row['lost_tokens']:,}"
+
+
+@table("engines_three_way.json", "engines/antefix_engines/v4_entries.py", "antefix/model")
+def entries_of_three_engines(record: Any) -> Iterable[Row]:
+    names = {"antefix": "Antefix", "vllm": "vLLM", "transformers": "transformers"}
+    pairs = [" and ".join(names[one] for one in pair.split(" against ")) for pair in record["pairs"]]
+    yield "layer and group", *pairs
+    for found in zip(*record["pairs"].values(), strict=True):
+        group = found[0]["group"].replace("_", " ")
+        cells = (f"{100 * each['share_rounded']:.0f}%, {each['largest']:.2f}" for each in found)
+        yield f"{found[0]['layer']} {group}", *cells

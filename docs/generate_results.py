@@ -9,8 +9,9 @@ A document asks for a table with two comments, and this script writes the table 
 line under each table has the run's commit, date, machine and command, from the record. `--check` changes nothing and
 exits with 1 if a document would change. `--stale` lists records whose code has changed since they were measured, with
 the first changed files and the names of what changed in them. Changes of comments, docstrings, layout, help texts, and
-messages of errors and logs do not count. `--stale` always exits with 0, because only a person can tell whether a change
-affects the figures. Records of `HISTORY` in benchmarks/tables.py describe earlier code, so they are not listed.
+messages of errors and logs do not count, and neither do files that only draw plots. `--stale` always exits with 0,
+because only a person can tell whether a change affects the figures. Records of `HISTORY` in benchmarks/tables.py
+describe earlier code, so they are not listed.
 
 A simulated record may have a field `repeated` with commit, date, command and part: a later run of this part gave the
 same figures, so the record counts as of that commit.
@@ -45,6 +46,8 @@ from benchmarks import (  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SHOWN_FILES = 3
+# Ends of the names of files that draw figures and do not make them.
+DRAWING = ("plot.py", "plots.py")
 SHOWN_PARTS = 2
 # Names of the logging methods whose first argument is a message.
 LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
@@ -137,6 +140,7 @@ def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:
     except subprocess.CalledProcessError:
         yield f"names commit {commit[:8]}, which is not in this repository's history"
         return
+    names = [name for name in names if not name.endswith(DRAWING)]
     shown = list(itertools.islice((told for name in names if (told := _changed(name, commit, git))), SHOWN_FILES))
     if shown:
         # Comparing all files of an old record takes minutes, and the first few show that the record is old.

@@ -58,7 +58,7 @@ class ServiceLease:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ServiceLease:
-        self._task = keep_running(self._keep, f"the lease of {self._name} in Redis")
+        self._task = keep_running(self._keep, "the lease in Redis", of=self._name)
         return self
 
     async def __aexit__(

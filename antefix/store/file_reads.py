@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
 from antefix.errors import DeadlineExceeded, Unavailable
+from antefix.start_threads import start_threads
 from antefix.store.breaker import Breaker
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class FileReads:
         # Computes a read's time limit from the measured rate.
         self._pace = Breaker(slack_s=slack_s)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="antefix-store")
+        start_threads(self._threads, NUM_THREADS)
         self._hanging: set[asyncio.Future[Any]] = set()
 
     @property

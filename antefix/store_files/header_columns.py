@@ -4,7 +4,7 @@ each.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -38,3 +38,9 @@ HEADER: Final = np.dtype(
     ]
 )
 assert HEADER.itemsize == RECORD_HEADER_BYTES
+
+
+def field_at(dtype: np.dtype[Any], name: str) -> int:
+    """The offset of a field in a row of this dtype."""
+    assert dtype.fields is not None
+    return int(dtype.fields[name][1])

@@ -20,8 +20,9 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import Metric
 
 from antefix.errors import ConfigError
+from antefix.keep_running import failures
 from antefix.telemetry.logs import lines
-from antefix.telemetry.shown import gauge
+from antefix.telemetry.shown import counter, gauge
 
 Read = Callable[[], Iterable[Metric]]
 
@@ -66,6 +67,9 @@ class Registry:
         labels = {(sys.modules["antefix"].__version__, self.role): 1.0}
         yield gauge("antefix_build_info", "Which role of which version runs here.", labels, ("version", "role"))
         yield from lines.metrics()
+        failed = {(loop,): float(number) for loop, number in failures.copy().items()}
+        told = "Unexpected errors of background loops, which began again."
+        yield counter("antefix_background_failures", told, failed, ("loop",))
 
 
 class _Reading:

@@ -32,6 +32,7 @@ from antefix.errors import (
 )
 from antefix.extras import needs
 from antefix.security import own_credentials
+from antefix.start_threads import with_threads
 from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
@@ -224,7 +225,7 @@ def _serve(args: argparse.Namespace) -> int:
     tell_of_crashes()
     stop_tracing = start_tracing(config.traces, role=args.role, share=config.trace_share)
     try:
-        asyncio.run(serve(config, watch_stdin=args.watch_stdin))
+        asyncio.run(with_threads(serve(config, watch_stdin=args.watch_stdin)))
     finally:
         stop_tracing()
     return EXIT_OK

@@ -9,7 +9,7 @@ ancestor pointed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from antefix.record import RecordKind
 from antefix.store_files.record_format import RecordFlag
+from antefix_kvstore.header_rows import numbers_of
 
 Array = npt.NDArray[Any]
 
@@ -45,45 +46,44 @@ class Forest:
         return np.bincount(self.parent[hanging], minlength=len(self.parent))
 
 
-def parent_names(rows: Array) -> list[bytes]:
-    """The hash of the block that each row depends on. A checkpoint has the hash of its block."""
-    is_block = rows["kind"] == RecordKind.BLOCK
-    names: list[bytes] = np.where(is_block, rows["parent"], rows["hash"]).tolist()
+def parent_names(rows: Array) -> Array:
+    """The hash of the block that each row depends on. A checkpoint has the hash of its block.  Shapes:  [N] V32."""
+    names: Array = np.where(rows["kind"] == RecordKind.BLOCK, rows["parent"], rows["hash"])
     return names
 
 
-def follow_parents(rows: Array) -> Array:
-    """Which rows come directly after the row of the block that they depend on. Most rows do.  Shapes:  [N] bool."""
-    is_block = rows["kind"] == RecordKind.BLOCK
-    names = np.where(is_block, rows["parent"], rows["hash"])
+def follow_parents(rows: Array, parents: Array) -> Array:
+    """Which rows come directly after the row of the block that they depend on. Most rows do.
+
+    parents: as `parent_names` gives them.  Shapes:  [N] bool.
+    """
     follows = np.zeros(len(rows), bool)
-    follows[1:] = is_block[:-1] & (names[1:] == rows["hash"][:-1])
+    follows[1:] = (rows["kind"][:-1] == RecordKind.BLOCK) & (parents[1:] == rows["hash"][:-1])
     return follows
 
 
-def hang_together(
-    rows: Array, parents: Sequence[bytes], known_prefix: Mapping[bytes, int], *, takes_apart: bool
-) -> Forest:
+def hang_together(rows: Array, parents: Array, known_prefix: Mapping[bytes, int], *, takes_apart: bool) -> Forest:
     """Arrange the rows as a forest.
 
+    parents: as `parent_names` gives them.
     known_prefix: prefix bytes by hash, for indexed blocks that rows depend on and that are not among the rows.
     takes_apart: whether rows whose parent may be in another store are indexed without it.
     """
     is_block = rows["kind"] == RecordKind.BLOCK
     is_first = (rows["flags"] & _FIRST) != 0
-    follows = follow_parents(rows)
+    follows = follow_parents(rows, parents)
     parent = np.where(follows, np.arange(len(rows)) - 1, -1)
-    others = np.flatnonzero(~follows & ~is_first).tolist()
-    if others:
-        numbers = np.flatnonzero(is_block).tolist()
-        row_of = dict(zip(rows["hash"][is_block].tolist(), numbers, strict=True))
-        parent[others] = [row_of.get(parents[at], -1) for at in others]
+    others = np.flatnonzero(~follows & ~is_first)
+    names = parents[others].tolist()
+    blocks = np.flatnonzero(is_block)
+    place_of = numbers_of(rows["hash"][blocks], names)
+    parent[others] = [blocks[place_of[name]] if name in place_of else -1 for name in names]
     parent[is_first] = -1
     above = np.zeros(len(rows), np.int64)
     known_parent = np.zeros(len(rows), bool)
-    for at in np.flatnonzero((parent < 0) & ~is_first).tolist():
-        if parents[at] in known_prefix:
-            known_parent[at], above[at] = True, known_prefix[parents[at]]
+    for at, name in zip(others.tolist(), names, strict=True):
+        if parent[at] < 0 and name in known_prefix:
+            known_parent[at], above[at] = True, known_prefix[name]
     missing = (parent < 0) & ~is_first & ~known_parent
     lost = _lost(parent, missing)
     apart = np.zeros(len(rows), bool)

@@ -6,13 +6,13 @@ entries    index entries in their short form; docs/FORMAT.md has its bits
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from antefix.store_files.header_columns import HEADER, NAMES, PLACE, TIMES
+from antefix.store_files.header_columns import HEADER, NAMES, PLACE, TIMES, field_at
 from antefix.store_files.record_format import (
     HASH_BYTES,
     INDEX_ENTRY_SHORT,
@@ -34,11 +34,16 @@ ROW: Final = np.dtype(
         ("payload_bytes", "<u4"),
         ("position", "<u4"),
         ("generation", "<u2"),
-        *((name, "u1") for name in ("version", "kind", "codec", "flags")),
+        *((name, "u1") for name in ("codec", "flags", "kind", "version")),
         ("owner", "V48"),
     ]
 )
 _COPIED: Final = tuple(name for name in ROW.names or () if name not in ("version", "owner"))
+# Fields that are neighbours in a header and in a row are copied as one: the first of them, and the bytes of all.
+_TOGETHER: Final = {"hash": 96, "segment": 16, "created_ms": 20, "payload_bytes": 10, "codec": 2, "kind": 1}
+_OWNER_BYTES: Final = 24
+# Before the owner of a header of version 2, a row has the length of the owner's key and the letter of such keys.
+_OWNER_BEGINS: Final = bytes([1 + _OWNER_BYTES]) + b"o"
 # The bits of each field in a word of the short form, from the lowest bit up.
 _WORDS: Final = (
     (("place", 32), ("segment", 24), ("flags", 8)),
@@ -50,19 +55,37 @@ _WORDS: Final = (
 )
 
 
+def _parts(of: np.dtype[Any], owner_at: int) -> np.dtype[Any]:
+    """The parts of a header or a row that are copied together."""
+    sizes = [*_TOGETHER.values(), _OWNER_BYTES]
+    return np.dtype(
+        {
+            "names": [*_TOGETHER, "owner"],
+            "formats": [f"V{nbytes}" for nbytes in sizes],
+            "offsets": [*(field_at(of, name) for name in _TOGETHER), owner_at],
+            "itemsize": of.itemsize,
+        }
+    )
+
+
+_HEADER_PARTS: Final = _parts(HEADER, field_at(HEADER, "owner"))
+_ROW_PARTS: Final = _parts(ROW, field_at(ROW, "owner") + len(_OWNER_BEGINS))
+
+
 def rows_of(raws: Sequence[bytes], seed: int) -> Array:
-    """Rows of sound headers.  Shapes:  [N] of ROW."""
-    headers = np.frombuffer(b"".join(raws), HEADER)
-    rows = np.empty(len(headers), ROW)
-    for name in _COPIED:
-        rows[name] = headers[name]
-    rows["version"] = 2
-    owners = np.zeros((len(headers), ROW["owner"].itemsize), np.uint8)
-    owners[:, 0], owners[:, 1] = 25, ord("o")
-    owners[:, 2:26] = np.ascontiguousarray(headers["owner"]).view(np.uint8).reshape(-1, 24)
-    rows["owner"] = owners.view("V48")[:, 0]
+    """Rows of sound headers.
+
+    Shapes:  raws: N headers, one or more in each of them; result [N] of ROW.
+    """
+    joined = b"".join(raws)
+    headers = np.frombuffer(joined, HEADER)
+    blank = np.zeros(1, ROW)
+    blank["version"], blank["owner"] = 2, np.void(_OWNER_BEGINS.ljust(48, b"\0"))
+    rows = np.repeat(blank, len(headers))
+    for name in _ROW_PARTS.names or ():
+        rows.view(_ROW_PARTS)[name] = headers.view(_HEADER_PARTS)[name]
     for at in np.flatnonzero(headers["magic"] != RECORD_MAGIC).tolist():
-        header = unpack_record_header(raws[at], seed)
+        header = unpack_record_header(joined[at * RECORD_HEADER_BYTES : (at + 1) * RECORD_HEADER_BYTES], seed)
         for name in _COPIED:
             rows[name][at] = getattr(header, name)
         rows["version"][at] = header.version
@@ -79,6 +102,28 @@ def extents_of(rows: Array) -> Array:
     """Bytes that each record takes in its segment.  Shapes:  [N] int64."""
     stored = rows["stored_bytes"].astype(np.int64)
     return RECORD_HEADER_BYTES + (stored + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
+
+
+def first_words(hashes: Array) -> Array:
+    """The first eight bytes of each hash as a number. These numbers have nearly the order of the hashes.
+
+    Shapes:  hashes [N] V32; result [N] uint64.
+    """
+    words = np.ascontiguousarray(hashes).view(">u8").reshape(len(hashes), HASH_BYTES // 8)
+    return words[:, 0].astype(np.uint64)
+
+
+def numbers_of(hashes: Array, wanted: Collection[bytes]) -> dict[bytes, int]:
+    """Where each of the wanted hashes is among `hashes`, if it is there. Of two places, the later one.
+
+    Shapes:  hashes [N] V32.
+    """
+    if not wanted or not len(hashes):
+        return {}
+    among = np.frombuffer(b"".join(wanted), hashes.dtype)
+    near = np.flatnonzero(np.isin(first_words(hashes), first_words(among)))
+    names = frozenset(wanted)
+    return {name: at for name, at in zip(hashes[near].tolist(), near.tolist(), strict=True) if name in names}
 
 
 def short_entries(of: Mapping[str, Array], hashes: Array, parents: Array) -> tuple[Array, Array]:
@@ -101,5 +146,5 @@ def short_entries(of: Mapping[str, Array], hashes: Array, parents: Array) -> tup
         at = HASH_BYTES + 8 * number
         rows[:, at : at + 8] = word.astype("<u8")[:, None].view(np.uint8)
     rows[:, 80:112] = np.ascontiguousarray(parents).view(np.uint8).reshape(num, HASH_BYTES)
-    rows[:, 112:] = xxh32_of_rows(rows[:, :112]).astype("<u4")[:, None].view(np.uint8)
+    rows[:, 112:] = xxh32_of_rows(rows, 112).astype("<u4")[:, None].view(np.uint8)
     return np.ascontiguousarray(rows[:, HASH_BYTES:]).view(f"V{INDEX_ENTRY_SHORT.size}")[:, 0], fits

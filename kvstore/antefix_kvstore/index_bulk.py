@@ -1,8 +1,8 @@
 """Writes many records into an index under construction: processed as rows of arrays, inserted in the order of their
 keys.
 
-Pages that a transaction writes stay in memory until it commits, and pages read through LMDB's map stay while the map is
-open. So each transaction takes a slice of neighbouring keys, and the index is reopened after each transaction.
+Pages that a transaction writes stay in memory until it commits, and so do pages that are read through LMDB's map. So
+each transaction takes a slice of neighbouring keys, and the map's pages are dropped after each transaction.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from antefix.store_files.index import DATA_FILE, TABLE_OF_KIND, Index
 from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, pack_entry, unpack_entry
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.forest_rows import Forest, follow_parents, hang_together, parent_names
-from antefix_kvstore.header_rows import extents_of, owner_key, short_entries
+from antefix_kvstore.header_rows import extents_of, first_words, numbers_of, owner_key, short_entries
 from antefix_kvstore.index_sums import sums_by
 from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.mapped_pages import MappedPages
 from antefix_kvstore.seen_names import SeenNames
 
 Array = npt.NDArray[Any]
@@ -39,24 +40,28 @@ _ENTRY_FIELDS: Final = tuple(name for name in IndexEntry.__dataclass_fields__ if
 
 
 class BulkIndex:
-    """An index that no other process has open. Each call may reopen the index, so `index` is another object
-    afterwards.
-    """
+    """An index that no other process has open."""
 
     def __init__(self, open_index: Callable[[], Index], num_records_max: int) -> None:
         """num_records_max: an upper bound of the records that will be added."""
         self._open_index = open_index
-        self.index = open_index()
+        self._open()
         self._policy = EvictionPolicy()
         self.num_indexed = 0
         self._seen = SeenNames(num_records_max)
 
-    def reopen(self) -> None:
-        """Close and reopen the index, which frees the pages that were read through its map, if they may be many."""
-        if (self.index.directory / DATA_FILE).stat().st_size <= _MAPPED_BYTES_MAX:
-            return
-        self.index.close()
+    def _open(self) -> None:
         self.index = self._open_index()
+        self._data = self.index.directory / DATA_FILE
+        # LMDB maps the file once, at the same place until it is closed.
+        self._mapped = MappedPages(self._data)
+
+    def _drop_pages(self) -> None:
+        """Drop the pages that were read through the index's map, if they may be many."""
+        if self._data.stat().st_size > _MAPPED_BYTES_MAX and not self._mapped.drop():
+            # Where the kernel does not do that, opening the index again drops them too.
+            self.index.close()
+            self._open()
 
     def known_copies(self, rows: Array) -> list[tuple[int, IndexEntry]]:
         """The rows whose names are indexed already, with their entries."""
@@ -74,7 +79,7 @@ class BulkIndex:
         for first in range(0, len(ordered), _SLICE_RECORDS):
             with self.index.txn() as txn, txn.cursor(db=self.index.db[TABLE_OF_KIND[kind]]) as cursor:
                 found = cursor.getmulti(ordered[first : first + _SLICE_RECORDS])
-            self.reopen()
+            self._drop_pages()
             for key, value in found:
                 entry = unpack_entry(value, key)
                 if entry is not None:
@@ -88,13 +93,13 @@ class BulkIndex:
         if not len(rows):
             return rows
         parents = parent_names(rows)
-        outside = {parents[at] for at in np.flatnonzero(~follow_parents(rows)).tolist()}
-        outside.difference_update(rows["hash"][rows["kind"] == RecordKind.BLOCK].tolist())
+        outside = set(parents[~follow_parents(rows, parents)].tolist())
+        outside.difference_update(numbers_of(rows["hash"][rows["kind"] == RecordKind.BLOCK], outside))
         known = self.entries(RecordKind.BLOCK, outside)
         prefixes = {name: entry.prefix_bytes for name, entry in known}
         forest = hang_together(rows, parents, prefixes, takes_apart=takes_apart)
         self._write(rows, forest)
-        self._count_children(Counter(parents[at] for at in np.flatnonzero(forest.stands & forest.known_parent)))
+        self._count_children(Counter(parents[forest.stands & forest.known_parent].tolist()))
         self.num_indexed += int(forest.stands.sum())
         self._seen.add(rows[forest.stands])
         return rows[~forest.stands]
@@ -102,18 +107,18 @@ class BulkIndex:
     def _write(self, rows: Array, forest: Forest) -> None:
         of = self._fields(rows, forest)
         stands = np.flatnonzero(forest.stands)
-        # Nearly in the order of keys: sorted by eight bytes of the hash.
-        hashes = np.ascontiguousarray(rows["hash"][stands]).view(np.uint8).reshape(-1, HASH_BYTES)
-        order = stands[np.lexsort((hashes[:, :8].copy().view(">u8")[:, 0], rows["kind"][stands]))]
-        rows, of = rows[order], {name: values[order] for name, values in of.items()}
+        # Nearly in the order of keys.
+        order = stands[np.lexsort((first_words(rows["hash"][stands]), rows["kind"][stands]))]
+        of |= {name: rows[name] for name in ("kind", "hash", "parent")}
+        of = {name: values[order] for name, values in of.items()}
         for kind, table in TABLE_OF_KIND.items():
-            first, last = np.searchsorted(rows["kind"], [kind, kind + 1]).tolist()
+            first, last = np.searchsorted(of["kind"], [kind, kind + 1]).tolist()
             for start in range(first, last, _PACKED_RECORDS):
                 part = slice(start, min(start + _PACKED_RECORDS, last))
-                self._put(table, rows[part], {name: values[part] for name, values in of.items()})
+                self._put(table, {name: values[part] for name, values in of.items()})
         is_leaf = of["children"] == 0
-        self._put_keys("leaves", rows, of["rank_ms"], is_leaf)
-        self._put_keys("expiry", rows, of["expires_ms"], is_leaf & (of["expires_ms"] != 0))
+        self._put_keys("leaves", of, "rank_ms", is_leaf)
+        self._put_keys("expiry", of, "expires_ms", is_leaf & (of["expires_ms"] != 0))
 
     def _fields(self, rows: Array, forest: Forest) -> dict[str, Array]:
         """The fields of each row's entry. Assigns numbers to new fingerprints and owners, and adds to the totals."""
@@ -138,10 +143,9 @@ class BulkIndex:
             txn.count(*_counts(rows, of, extents, forest.stands), num_apart=int(forest.apart.sum()))
         return of
 
-    def _put(self, table: str, rows: Array, of: dict[str, Array]) -> None:
-        values, fits = short_entries(of, rows["hash"], rows["parent"])
-        keys, packed = rows["hash"].tolist(), values.tolist()
-        parents = rows["parent"]
+    def _put(self, table: str, of: dict[str, Array]) -> None:
+        values, fits = short_entries(of, of["hash"], of["parent"])
+        keys, packed, parents = of["hash"].tolist(), values.tolist(), of["parent"]
         for at in np.flatnonzero(~fits).tolist():
             fields = {name: int(of[name][at]) for name in _ENTRY_FIELDS}
             packed[at] = pack_entry(IndexEntry(**fields, parent=parents[at].tobytes()), keys[at])
@@ -149,13 +153,13 @@ class BulkIndex:
         for first in range(0, len(items), _SLICE_RECORDS):
             self._put_items(table, items[first : first + _SLICE_RECORDS])
 
-    def _put_keys(self, table: str, rows: Array, times: Array, chosen: Array) -> None:
-        """Insert keys into the leaf or expiry table for the chosen rows."""
+    def _put_keys(self, table: str, of: dict[str, Array], when: str, chosen: Array) -> None:
+        """Insert keys into the leaf or expiry table for the chosen rows. when: the field that the keys begin with."""
         num = int(chosen.sum())
         keys = np.empty((num, _KEY_BYTES), np.uint8)
-        keys[:, :8] = times[chosen].astype(">u8")[:, None].view(np.uint8)
-        keys[:, 8] = rows["kind"][chosen]
-        keys[:, 9:] = np.ascontiguousarray(rows["hash"][chosen]).view(np.uint8).reshape(num, HASH_BYTES)
+        keys[:, :8] = of[when][chosen].astype(">u8")[:, None].view(np.uint8)
+        keys[:, 8] = of["kind"][chosen]
+        keys[:, 9:] = of["hash"][chosen].view(np.uint8).reshape(num, HASH_BYTES)
         ordered = sorted(keys.view(f"V{_KEY_BYTES}")[:, 0].tolist())
         for first in range(0, num, 4 * _SLICE_RECORDS):
             self._put_items(table, [(key, b"") for key in ordered[first : first + 4 * _SLICE_RECORDS]])
@@ -163,7 +167,7 @@ class BulkIndex:
     def _put_items(self, table: str, items: list[tuple[bytes, bytes]]) -> None:
         with self.index.env.begin(write=True) as txn, txn.cursor(db=self.index.db[table]) as cursor:
             cursor.putmulti(items, dupdata=False)
-        self.reopen()
+        self._drop_pages()
 
     def _count_children(self, more: Counter[bytes]) -> None:
         """Add to the numbers of children of blocks that were indexed before."""
@@ -174,7 +178,7 @@ class BulkIndex:
                     entry = txn.get((RecordKind.BLOCK, block_hash))
                     assert entry is not None, "it was read a moment ago"
                     entry.children += more[block_hash]
-            self.reopen()
+            self._drop_pages()
 
 
 def _fingerprint_ids(txn: IndexTxn, rows: Array, stands: Array) -> Array:

@@ -21,13 +21,16 @@ from antefix.store_files.index import Index
 from antefix.store_files.record_format import RECORD_HEADER_BYTES
 from antefix.store_files.record_header import unpack_record_header
 from antefix_kvstore.eviction import EvictionPolicy
-from antefix_kvstore.header_rows import ROW, extents_of, rows_of
+from antefix_kvstore.header_rows import ROW, extents_of, first_words, rows_of
 from antefix_kvstore.index_bulk import BulkIndex
 from antefix_kvstore.index_forest import insert_entry
 from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.segments import Segments
 
 Array = npt.NDArray[Any]
+
+# By number of a kind.
+_IS_STORED: Final = np.isin(np.arange(256), [int(kind) for kind in STORED_KINDS])
 
 # Segments scanned at once: headers of large records lie far apart, and a disk answers several such reads as fast as
 # one.
@@ -85,7 +88,8 @@ class _Filling:
         """rows: the rows of one segment, in order."""
         number, end = int(rows["segment"][-1]), int(rows["offset"][-1]) + int(extents_of(rows[-1:])[0])
         self.ends[number] = max(self.ends.get(number, 0), end)
-        self._gathered.append(rows[np.isin(rows["kind"], [int(kind) for kind in STORED_KINDS])])
+        is_stored = _IS_STORED[rows["kind"]]
+        self._gathered.append(rows if is_stored.all() else rows[is_stored])
         self._num_gathered += len(rows)
         if self._num_gathered >= _GROUP_RECORDS:
             self.flush()
@@ -119,7 +123,7 @@ class _Filling:
             is_new[number] = False
             place = (int(rows["segment"][number]), int(rows["offset"][number]))
             is_later[number] = place > (entry.segment, entry.offset)
-        return rows[is_new], rows[is_later]
+        return rows if is_new.all() else rows[is_new], rows[is_later]
 
     def _replace(self, rows: Array) -> None:
         """Index the last copy of each name: a record that was put again replaces the damaged copy."""
@@ -136,15 +140,21 @@ class _Filling:
 
 def _last_copies(rows: Array) -> Array:
     """For each name, the row that comes last in the segments."""
-    rows = rows[np.lexsort((rows["offset"], rows["segment"]))]
+    order = np.lexsort((rows["offset"], rows["segment"]))
+    if (order[1:] < order[:-1]).any():
+        rows = rows[order]
     kept = np.ones(len(rows), bool)
     for kind in STORED_KINDS:
         numbers = np.flatnonzero(rows["kind"] == kind)
+        # Hashes are uniform: if none of their first words is there twice, no name is.
+        words = np.sort(first_words(rows["hash"][numbers]))
+        if (words[1:] != words[:-1]).all():
+            continue
         last = dict(zip(rows["hash"][numbers].tolist(), numbers.tolist(), strict=True))
         if len(last) < len(numbers):
             kept[numbers] = False
             kept[list(last.values())] = True
-    return rows[kept]
+    return rows if kept.all() else rows[kept]
 
 
 def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bool) -> Iterator[Array]:
@@ -153,7 +163,12 @@ def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bo
     """
 
     def next_of(scan: Iterator[bytes]) -> Array | None:
-        raws = list(itertools.islice(scan, _CHUNK_RECORDS))
+        raws, num_bytes = [], 0
+        for raw in scan:
+            raws.append(raw)
+            num_bytes += len(raw)
+            if num_bytes >= _CHUNK_RECORDS * RECORD_HEADER_BYTES:
+                break
         return rows_of(raws, segments.identity.seed) if raws else None
 
     scans = (segments.raw_headers(number, check_payloads=check_all or number == last) for number in numbers)

@@ -115,7 +115,8 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
 
 
 def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) -> None:
-    ends = fill_index(open_index, segments, check_all=check_all)
+    # A new store has nothing to scan.
+    ends = fill_index(open_index, segments, check_all=check_all) if segments.sizes else {}
     if ends:
         # All other segments were synced before this one began. The index must not be ahead of the segments.
         segments.sync_file(max(ends))

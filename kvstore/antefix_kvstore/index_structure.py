@@ -1,9 +1,9 @@
 """Checks the structure of an LMDB file before LMDB opens it, because LMDB trusts what it maps.
 
-The file is read with `pread`, never through a memory map. Walks every tree from the newest meta page: branches one by
-one, leaves many at a time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch
-of leaf pages is passed to the caller (`LeafBatch`), so the file is read only once. The memory that the check needs
-grows only by one byte per page.
+The file is read with `pread`, never through a memory map. Walks every tree from the newest meta page, many pages at a
+time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch of leaf pages is passed
+to the caller (`LeafBatch`), so the file is read only once. The memory that the check needs grows only by one byte per
+page.
 
 The check is stricter than LMDB: duplicates, reserved flags and gaps, which our own writer never makes, are faults. The
 page format is in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
@@ -11,7 +11,6 @@ page format is in `antefix.store_files.index_pages`. `lmdb.verify` checks the sa
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -23,13 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.own_files import open_to_read
-from antefix.store_files.index_pages import Damaged, branch_of, tree_of
-from antefix_kvstore.index_leaves import Fault, LeafBatch, read_leaves
+from antefix.store_files.index_pages import Damaged, tree_of
+from antefix_kvstore.index_leaves import Fault, LeafBatch, read_branches, read_leaves
 
 _META: Final = struct.Struct("<QHHIIIQQ48s48sQQ")
 _TABLE: Final = struct.Struct("<IHHQQQQQ")
 _MAGIC: Final = 0xBEEFC0DE
-_P_BRANCH: Final = 1
 _P_OVERFLOW: Final = 4
 _P_META: Final = 8
 # The tree of free pages has transaction numbers as keys, compared as integers.
@@ -38,6 +36,8 @@ _NO_ROOT: Final = 2**64 - 1
 _NUM_METAS: Final = 2
 _DEPTH_MAX: Final = 32
 _BATCH_PAGES: Final = 1024
+# Each has up to about a hundred children.
+_BATCH_BRANCHES: Final = 16
 _FREE, _LIVE = 1, 2
 
 Leaves = Callable[[str, LeafBatch], None]
@@ -156,7 +156,7 @@ class _Walk:
                 raise Fault("a tree is too deep")
             last = b""
             is_ordered_by_bytes = not tree.flags
-            for pages, lows in self._batches(self._leaf_pages(tree.root, tree.depth, b"", tree)):
+            for pages, lows in self._batches(self._leaf_pages([tree.root], [b""], tree.depth, tree)):
                 batch = read_leaves(self._fd, self._page_bytes, pages, self._overflow)
                 self._note(pages, _LIVE)
                 if is_ordered_by_bytes:
@@ -184,34 +184,21 @@ class _Walk:
             yield pages, lows
 
     def _leaf_pages(
-        self, page: int, depth: int, low: bytes, tree: _Tree
+        self, pages: Sequence[int], lows: Sequence[bytes], depth: int, tree: _Tree
     ) -> Iterator[tuple[Sequence[int], Sequence[bytes]]]:
-        """Page numbers of the leaves under a page, in order, and the lower bound of each leaf's keys."""
-        if depth == 1:
-            yield (page,), (low,)
-            return
-        self._note([page], _LIVE)
-        tree.found["branches"] += 1
-        keys, children = branch_of(self._page(page))
-        bounds = (low, *keys)
-        if not tree.flags and any(not one < other for one, other in itertools.pairwise(bounds)):
-            raise Fault("a branch is not in order")
-        if depth == 2:
-            yield children, bounds
-            return
-        for key, child in zip(bounds, children, strict=True):
-            yield from self._leaf_pages(child, depth - 1, key, tree)
+        """Page numbers of the leaves under these pages, in order, and the lower bound of each leaf's keys.
 
-    def _page(self, number: int) -> bytes:
-        page = self._read(self._page_bytes, number * self._page_bytes)
-        named, _, flags, lower, upper = struct.unpack_from("<QHHHH", page)
-        if named != number or flags != _P_BRANCH or not 16 < lower <= upper <= self._page_bytes or lower % 2:
-            raise Fault(f"page {number} is no branch")
-        nodes = sorted(struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16))
-        stops = [at + 8 + struct.unpack_from("<H", page, at + 6)[0] for at in nodes]
-        if nodes[0] != upper or [stop + stop % 2 for stop in stops] != [*nodes[1:], self._page_bytes]:
-            raise Fault(f"nodes of page {number} lie over one another")
-        return page
+        pages: neighbours at the same depth.  lows: the lower bound of each page's keys.
+        """
+        if depth == 1:
+            yield pages, lows
+            return
+        for first in range(0, len(pages), _BATCH_BRANCHES):
+            some = pages[first : first + _BATCH_BRANCHES]
+            self._note(some, _LIVE)
+            tree.found["branches"] += len(some)
+            children, bounds = read_branches(self._fd, self._page_bytes, some, lows[first : first + len(some)])
+            yield from self._leaf_pages(children, bounds, depth - 1, tree)
 
     def _overflow(self, number: int, nbytes: int) -> bytes:
         """Read a large value from its overflow pages."""

@@ -21,7 +21,7 @@ from antefix.store_files.record_format import (
     RecordFlag,
     short_fields,
 )
-from antefix_kvstore.index_leaves import Fault, LeafBatch
+from antefix_kvstore.index_leaves import Fault, LeafBatch, distinct_of
 
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
@@ -44,6 +44,8 @@ _LONG: Final = np.dtype(
 _FIELDS: Final = tuple(name for name in _LONG.names or () if name != "rest")
 # Keys of the leaf and expiry tables: u64, kind, hash.
 _KEY_BYTES: Final = 8 + 1 + HASH_BYTES
+# For so few distinct keys, one sum per key is faster than sorting.
+_SUMMED_ALONE_MAX: Final = 8
 _PRIMES: Final = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _WEIGHTS: Final = np.array([0x9E3779B185EBCA87 * (2 * n + 1) % 2**64 | 1 for n in range(6)], np.uint64)
 
@@ -110,14 +112,14 @@ class Derived:
         """Shapes:  rows [N, hash and entry of one form] uint8."""
         checked = np.ascontiguousarray(rows)
         said = checked[:, -4:].copy().view("<u4")[:, 0]
-        if (xxh32_of_rows(checked[:, :-4]) != said).any():
+        if (xxh32_of_rows(checked, checked.shape[1] - 4) != said).any():
             raise Fault("an entry is damaged")
         is_short = rows.shape[1] == HASH_BYTES + INDEX_ENTRY_SHORT.size
         of = _short_columns(checked) if is_short else _long_columns(checked)
         flags = of["flags"]
         self._add_leaves(kind, checked[:, :HASH_BYTES], of)
         self._add_counts(kind, of)
-        self.fingerprint_ids |= set(np.unique(of["fingerprint_id"]).tolist())
+        self.fingerprint_ids |= set(distinct_of(of["fingerprint_id"]).tolist())
         self.num_quarantined += int(((flags & RecordFlag.QUARANTINED) != 0).sum())
         self.num_apart += int(((flags & RecordFlag.APART) != 0).sum())
         is_first = (flags & RecordFlag.FIRST) != 0
@@ -152,16 +154,20 @@ class Derived:
 
 def sums_by(keys: Array, *columns: Array) -> tuple[list[int], list[list[int]]]:
     """The distinct keys, and for each key the sums of the columns."""
-    distinct, places = np.unique(keys, return_inverse=True)
-    sums = np.zeros((len(distinct), len(columns)), np.int64)
-    for number, column in enumerate(columns):
-        np.add.at(sums[:, number], places, column)
-    return distinct.tolist(), sums.tolist()
+    distinct = distinct_of(keys)
+    if len(distinct) <= _SUMMED_ALONE_MAX:
+        chosen = [keys == key for key in distinct] if len(distinct) > 1 else [slice(None)] * len(distinct)
+        sums = [[int(column[which].sum()) for column in columns] for which in chosen]
+        return distinct.tolist(), sums
+    order = np.argsort(keys, kind="stable")
+    begins = np.searchsorted(keys[order], distinct)
+    return distinct.tolist(), np.stack([np.add.reduceat(column[order], begins) for column in columns], axis=1).tolist()
 
 
 def _short_columns(rows: Array) -> Columns:
     words = rows[:, HASH_BYTES : HASH_BYTES + 48].copy().view("<u8")
-    fields = (column.astype(np.int64) for column in short_fields(*words.T))
+    # Each field is computed from one word, so each word's column lies together.
+    fields = (column.astype(np.int64) for column in short_fields(*np.ascontiguousarray(words.T)))
     return dict(zip(_FIELDS, fields, strict=True))
 
 
@@ -170,21 +176,25 @@ def _long_columns(rows: Array) -> Columns:
     return {name: fields[name].astype(np.int64) for name in _FIELDS}
 
 
-def xxh32_of_rows(rows: Array) -> Array:
-    """XXH32 (seed 0) of each row, whose length is a multiple of 16. Source: xxHash specification, "XXH32 algorithm".
+def xxh32_of_rows(rows: Array, nbytes: int) -> Array:
+    """XXH32 (seed 0) of the first bytes of each row. Source: xxHash specification, "XXH32 algorithm".
 
-    Shapes:  rows [N, nbytes] uint8; result [N] uint32.
+    nbytes: a multiple of 16.  Shapes:  rows [N, a multiple of 4] uint8, contiguous; result [N] uint32.
     """
     one, two, three = (np.uint32(prime) for prime in _PRIMES)
-    words = np.ascontiguousarray(rows).view("<u4")
-    start = [0x9E3779B1 + 0x85EBCA77, 0x85EBCA77, 0, -0x9E3779B1]
-    lanes = np.tile(np.array([value % 2**32 for value in start], np.uint32), (len(rows), 1))
-    for first in range(0, words.shape[1], 4):
-        lanes += words[:, first : first + 4] * two
-        lanes = _rotated(lanes, 13)
-        lanes *= one
-    mixed = sum((_rotated(lanes[:, n], by) for n, by in ((0, 1), (1, 7), (2, 12))), _rotated(lanes[:, 3], 18))
-    mixed = mixed + np.uint32(rows.shape[1])
+    # Each word of all rows lies together, which is several times as fast.
+    words = rows.view("<u4")[:, : nbytes // 4].T.copy()
+    words *= two
+    lanes = []
+    for lane, start in enumerate((0x9E3779B1 + 0x85EBCA77, 0x85EBCA77, 0, -0x9E3779B1)):
+        sums = np.full(len(rows), start % 2**32, np.uint32)
+        for word in words[lane::4]:
+            sums += word
+            sums = _rotated(sums, 13)
+            sums *= one
+        lanes.append(sums)
+    mixed = sum((_rotated(lanes[n], by) for n, by in ((0, 1), (1, 7), (2, 12))), _rotated(lanes[3], 18))
+    mixed = mixed + np.uint32(nbytes)
     mixed ^= mixed >> np.uint32(15)
     mixed *= two
     mixed ^= mixed >> np.uint32(13)
@@ -194,4 +204,6 @@ def xxh32_of_rows(rows: Array) -> Array:
 
 
 def _rotated(words: Array, by: int) -> Array:
-    return words << np.uint32(by) | words >> np.uint32(32 - by)
+    rotated = words << np.uint32(by)
+    rotated |= words >> np.uint32(32 - by)
+    return rotated

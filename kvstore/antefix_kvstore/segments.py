@@ -22,6 +22,7 @@ from antefix.record import Buffer
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
     RECORD_ALIGN,
+    RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     StoreIdentity,
     align,
@@ -302,11 +303,12 @@ class Segments:
 
         check_payloads: verify every payload as well, and leave out records whose payload is damaged.
         """
-        raws = self.raw_headers(number, start, check_payloads=check_payloads)
-        return (unpack_record_header(raw, self.identity.seed) for raw in raws)
+        for raws in self.raw_headers(number, start, check_payloads=check_payloads):
+            for at in range(0, len(raws), RECORD_HEADER_BYTES):
+                yield unpack_record_header(raws[at : at + RECORD_HEADER_BYTES], self.identity.seed)
 
     def raw_headers(self, number: int, start: int = SEGMENT_HEADER_BYTES, *, check_payloads: bool) -> Iterator[bytes]:
-        """`scan`, but yields each header's raw bytes."""
+        """`scan`, but yields raw bytes: one or more headers at a time."""
         return raw_headers(self.path(number), number, self.identity.seed, start, check_payloads=check_payloads)
 
     def _truncate(self, end: int) -> None:

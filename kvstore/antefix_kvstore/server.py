@@ -30,6 +30,7 @@ from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.listening import advertised
 from antefix.security.process_security import open_security
+from antefix.start_threads import start_threads
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
 from antefix.store.held_wire import held_to_wire
@@ -81,6 +82,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if self.uploader is not None:
             self.uploader.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
+        start_threads(self._threads, _READ_THREADS)
         self.turns = Turns()
         self._num_streams = 0
 

@@ -44,7 +44,7 @@ class HealthWatch:
         for address in set(self._tasks) - set(known):
             self._end(self._tasks.pop(address))
         for address in set(known) - set(self._tasks):
-            self._tasks[address] = keep_running(partial(self._watch, known[address]), f"the health watch of {address}")
+            self._tasks[address] = keep_running(partial(self._watch, known[address]), "the health watch", of=address)
 
     async def close(self) -> None:
         tasks = [*self._tasks.values(), *self._ending]

@@ -100,25 +100,28 @@ class SimStore:
         return 0
 
 
-class KnownPrompts:
-    """The names of prompts, kept: the router names each prompt itself, so workers need not compute the same again."""
+class KnownPrompts(PromptNames):
+    """The names of prompts, kept for router and workers: each prompt is named once, and not by each of them."""
 
-    def __init__(self, names: PromptNames) -> None:
-        self._names = names
+    __slots__ = ("_found",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._found: dict[tuple[str, bytes], NamedPrompt] = {}
 
-    def prompt(self, tenant: str, tokens: np.ndarray) -> NamedPrompt:
+    def prompt(self, tenant: str, tokens: np.ndarray, *, timeout_s: float = 0.0) -> NamedPrompt:
+        """timeout_s: of no use here, because these prompts have no grants."""
         key = tenant, tokens.tobytes()
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = self._names.prompt(tenant, tokens)
+            found = self._found[key] = super().prompt(tenant, tokens)
         return found
 
 
 class Worker:
     """The common part of prefill and decode workers.  handoffs: all workers' handoffs in the store's memory."""
 
-    def __init__(self, store: SimStore, names: KnownPrompts, rng: random.Random, handoffs: set[bytes]) -> None:
+    def __init__(self, store: SimStore, names: PromptNames, rng: random.Random, handoffs: set[bytes]) -> None:
         self.store = store
         self.names = names
         self.rng = rng

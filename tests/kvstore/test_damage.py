@@ -127,6 +127,26 @@ def test_a_scan_of_many_records_of_one_size_leaves_out_only_the_damaged_one(
     assert scanned == [*prompt.hashes[:29], *prompt.hashes[30:]]
 
 
+@pytest.mark.parametrize("check_payloads", [True, False])
+def test_a_scan_that_checks_payloads_leaves_out_damaged_ones_among_many(
+    open_engine: OpenEngine, tmp_path: Path, check_payloads: bool
+) -> None:
+    engine = open_engine()
+    prompt = Prompt([8] * BLOCK * 80, payload_bytes=100)
+    # Two batches, with padding between them.
+    engine.put(prompt.blocks(41))
+    engine.put([prompt.block(number) for number in range(41, 80)])
+    engine.abandon()
+    path, damaged = segment_files(tmp_path / "store")[0], {0, 1, 29, 40, 41, 60, 79}
+    raw = bytearray(path.read_bytes())
+    for number in damaged:
+        raw[raw.find(prompt.payload(number)) + 3] ^= 1
+    path.write_bytes(raw)
+    scanned = [header.hash for header in engine.segments.scan(1, check_payloads=check_payloads)]
+    left_out = damaged if check_payloads else set()
+    assert scanned == [each for number, each in enumerate(prompt.hashes) if number not in left_out]
+
+
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(
     open_engine: OpenEngine, tmp_path: Path, step: int

@@ -103,7 +103,7 @@ def test_an_index_that_was_cut_is_refused(index: Path) -> None:
 @given(rows=st.lists(st.binary(min_size=112, max_size=112), min_size=1, max_size=3))
 @settings(max_examples=20)
 def test_sums_of_many_rows_are_those_of_each(rows: list[bytes]) -> None:
-    found = xxh32_of_rows(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), 112))
+    found = xxh32_of_rows(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), 112), 112)
     assert found.tolist() == [xxhash.xxh32_intdigest(row) for row in rows]
 
 

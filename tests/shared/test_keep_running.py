@@ -14,6 +14,7 @@ from antefix.events.numbered_log import Batch, Cursor
 from antefix.keep_running import keep_running
 from antefix.security import idle_connections
 from antefix.security.caller_limits import CallerLimits
+from antefix.telemetry import Registry
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFollower
 
@@ -45,6 +46,23 @@ async def test_work_begins_again_after_an_unexpected_error_and_the_log_says_why(
     assert [str(err) for err in errors] == ["nobody expected this"] * 2
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
     assert "the test's work" in caplog.text and "ValueError: nobody expected this" in caplog.text
+
+
+async def test_errors_that_repeat_take_a_line_per_doubling_and_are_counted(caplog):
+    """The first error of each kind has a traceback; all are counted by the kind of work, whatever peer it is about."""
+    errors = iter([ValueError(f"number {number}") for number in range(1, 40)] + [KeyError("another kind")])
+
+    async def work():
+        for err in errors:
+            raise err
+
+    async with asyncio.timeout(300):
+        await keep_running(work, "a work that fails", of="10.0.0.7:4000")
+    told = [(bool(record.exc_info), record.getMessage()) for record in caplog.records]
+    assert [has_traceback for has_traceback, _ in told] == [True, *[False] * 5, True]
+    assert all("a work that fails (10.0.0.7:4000) met" in text for _, text in told)
+    assert told[-2][1].endswith("met ValueError 32 times, and begins again each time: number 32")
+    assert 'antefix_background_failures_total{loop="a work that fails"} 40.0' in Registry("router").text()
 
 
 async def test_work_that_returns_is_over():

@@ -103,6 +103,11 @@ def test_figures_older_than_their_code_are_listed(results, one_record, record, n
     assert [text for _, text in results.stale(git)] == told
 
 
+def test_a_file_that_only_draws_makes_no_record_old(results, one_record):
+    one_record(cold=1.0, commit="abcdef0123")
+    assert list(results.stale(lambda *arguments: "code/plot.py\n" if arguments[0] == "diff" else "")) == []
+
+
 def test_records_without_a_table_say_what_they_measure():
     assert all((ROOT / path).exists() for paths in tables.NAMED.values() for path in paths)
 

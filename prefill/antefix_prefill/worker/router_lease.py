@@ -99,7 +99,7 @@ class WorkerLease:
         wanted = self._routers()
         for router in wanted:
             if router not in self._tasks:
-                self._tasks[router] = keep_running(partial(self._keep, router), f"the lease at router {router}")
+                self._tasks[router] = keep_running(partial(self._keep, router), "the lease at the router", of=router)
         for router in [router for router in self._tasks if router not in wanted]:
             task = self._tasks.pop(router)
             task.cancel()

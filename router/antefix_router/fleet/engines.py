@@ -143,7 +143,7 @@ class Engines:
             if engine.subscriber is not None:
                 self._tasks.append(asyncio.create_task(engine.subscriber.run()))
         self._tasks += [
-            keep_running(partial(self._watch, engines), f"the health watch of {engines[0].place.address}")
+            keep_running(partial(self._watch, engines), "the health watch", of=engines[0].place.address)
             for engines in self._by_url()
         ]
 

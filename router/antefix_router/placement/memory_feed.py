@@ -124,7 +124,7 @@ class MemoryFeed:
             follower = self._followers[address] = MemoryFollower(
                 self._directory, address, through_redis=self._reader is not None, counters=self.counters
             )
-            self._tasks[address] = keep_running(partial(self._run, follower, address), f"the events of {address}")
+            self._tasks[address] = keep_running(partial(self._run, follower, address), "the events", of=address)
 
     async def close(self) -> None:
         self.follow(())
