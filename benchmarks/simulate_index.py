@@ -63,7 +63,12 @@ def main() -> int:
     parser.add_argument("--segments", type=int, default=700_000)
     parser.add_argument("--entries", type=int, default=4, help="records per segment in memory")
     parser.add_argument("--hours", type=float, default=2.0, help="simulated time")
-    parser.add_argument("--write-bytes-per-s", type=float, default=50e6, help="how fast a store makes and puts a tile")
+    parser.add_argument(
+        "--write-bytes-per-s",
+        type=float,
+        default=50e6,
+        help="bytes per second of a tile, made and uploaded",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = asyncio.run(simulate(args))

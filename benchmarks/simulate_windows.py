@@ -100,8 +100,8 @@ def carry_out(job: Job) -> Simulation:
     )
 
 
-def jobs(directory: Path, *, model: str, stores: Sequence[str]) -> list[Job]:
-    found = [source for source in SOURCES if (directory / source.file).is_file()]
+def jobs(directory: Path, *, model: str, stores: Sequence[str], traces: Sequence[str]) -> list[Job]:
+    found = [source for source in SOURCES if source.label in traces and (directory / source.file).is_file()]
     endless = [
         Job(source=source, directory=directory, store_bytes=None, replay=replay, model=model)
         for source in found
@@ -150,13 +150,15 @@ def main() -> int:
         choices=sorted(RATE_CARDS),
         help="model whose KV sizes and compute costs are used",
     )
+    labels = [source.label for source in SOURCES]
+    parser.add_argument("--trace", nargs="+", choices=labels, default=labels, help="traces to simulate")
     parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument(
         "--stores", nargs="+", choices=("endless", "limited"), default=("endless", "limited"), help="sizes to simulate"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    todo = jobs(args.traces, model=args.model, stores=args.stores)
+    todo = jobs(args.traces, model=args.model, stores=args.stores, traces=args.trace)
     if not todo:
         sys.stderr.write(f"no trace found in {args.traces}\n")
         return 2

@@ -142,10 +142,13 @@ def sanitizer(record: Any) -> Iterable[Row]:
 
 @table("verify_released_card.json", *KERNELS, "antefix/model", "console/antefix_console/verify")
 def verified_released_on_a_card(record: Any) -> Iterable[Row]:
-    yield "strategy", "plan", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
-    for row in record["rows"]:
-        counts = (f"{row[key]}" for key in ("cases", "bit_identical", "within_bounds", "failed"))
-        yield row["strategy"], row["plan"], *counts
+    yield (
+        *("strategy", "plan", "cases per release", "equal to the bit: Flash, base release"),
+        *("within bounds: Flash, base release", "failed: Flash, base release (0 wanted)"),
+    )
+    for row, other in zip(record["rows"], record["base_rows"], strict=True):
+        counts = (f"{row[key]}, {other[key]}" for key in ("bit_identical", "within_bounds", "failed"))
+        yield row["strategy"], row["plan"], f"{row['cases']}", *counts
 
 
 @table("decode_products.json", "kernels/antefix_kernels/linear.py")

@@ -41,6 +41,7 @@ from benchmarks import (  # noqa: E402
     tables_faults,  # noqa: F401
     tables_services,  # noqa: F401
     tables_tiers,  # noqa: F401
+    tables_weights,  # noqa: F401
     tables_windows,  # noqa: F401
 )
 

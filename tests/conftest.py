@@ -209,11 +209,6 @@ def check_fast(item, used_s):
 
 
 @pytest.fixture
-def role_forks():
-    return _role_forks
-
-
-@pytest.fixture
 def plots():
     """For a test that plots. In its first run on a machine, matplotlib starts a process to list the fonts."""
     pytest.importorskip("matplotlib")

@@ -79,9 +79,10 @@ def deployed(config: DeploymentConfig) -> Iterator[Deployment]:
 @pytest.fixture(scope="session")
 def _deployment_of_all(tmp_path_factory):
     from antefix_console.deployment import DeploymentConfig
+    from tests.small_worker_model import small_text_model
 
     config = DeploymentConfig(
-        model=ROOT / "models" / "antefix-tiny",
+        model=small_text_model(),
         data_dir=tmp_path_factory.mktemp("running") / "data",
         http_address="127.0.0.1:0",
         ratecards=(str(ROOT / "deploy" / "ratecards" / "example.toml"),),

@@ -217,10 +217,12 @@ class BlockPool:
         return span.view(len(rows), num_rows, width)
 
     def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        ids = np.asarray(list(block_ids), dtype=np.int64)
+        given = list(block_ids)
+        ids = np.asarray(given, dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or not self._in_use[ids].all()):
             raise InternalError("a block id is outside the pool, or its block is not allocated")
-        if len(np.unique(ids)) < len(ids):
+        # Not np.unique, which loads numpy.ma at its first call, in the middle of a request.
+        if len(set(given)) < len(given):
             raise InternalError("the same block is released twice in one call")
         return ids
 

@@ -35,7 +35,7 @@ class Penalties:
         self._output = _Counts()
         self._repeated = _Counts() if sampling.repetition_penalty != 1.0 else None
         if self._repeated is not None:
-            for token in np.unique(np.asarray(prompt, np.int64)).tolist():
+            for token in sorted(set(np.asarray(prompt, np.int64).tolist())):
                 self._repeated.add(token)
         self._num_output = 0
         self._stop_ids = np.array(sorted({*stop_ids, *sampling.stop_token_ids}), np.int64)

@@ -1,4 +1,4 @@
-"""The names of a router's metrics. The counters belong to the router's parts."""
+"""The names of a router's metrics. Each part of the router counts its own."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from antefix_billing.usage_record import Status
 from antefix_console.commands import usage as cli
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.billing.test_ratecard import DEPLOY
-from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.gateway.turns import BLOCK, Turn, check_hits
 from tests.on_demand import anthropic, openai
+from tests.small_worker_model import small_text_model
 from tests.waiting import AT_MOST_S, until
 
 httpx2 = pytest.importorskip("httpx2")
@@ -36,7 +36,7 @@ SMALL_POOL = ("--pool-bytes", "64M")
 @pytest.fixture
 def config(tmp_path):
     return DeploymentConfig(
-        model=MODEL_DIR,
+        model=small_text_model(),
         data_dir=tmp_path / "data",
         http_address="127.0.0.1:0",
         ratecards=(str(DEPLOY / "example.toml"),),

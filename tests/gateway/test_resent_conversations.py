@@ -12,10 +12,10 @@ import pytest
 
 from antefix_console.cli import main
 from antefix_console.deployment import DeploymentConfig
-from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.gateway.turns import BLOCK, Turn, check_hits
 from tests.on_demand import anthropic, openai
 from tests.running_deployment import SMALL_POOL, deployed
+from tests.small_worker_model import small_text_model
 
 pytestmark = pytest.mark.services
 
@@ -35,7 +35,7 @@ def data_dir(tmp_path_factory):
 def url(data_dir):
     """One deployment for all conversations here, because a start is expensive."""
     config = DeploymentConfig(
-        model=MODEL_DIR,
+        model=small_text_model(),
         data_dir=data_dir,
         http_address="127.0.0.1:0",
         chat_format="deepseek-v4",
@@ -182,7 +182,7 @@ async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, 
     assert hits[0] == hits[2] == 0 and hits[1] > len("You are careful. " * 40) + 1000, hits
 
     async def explain(*flags):
-        flags = ["explain", "--data-dir", str(data_dir), "--json", *flags]
+        flags = ["explain", "--model", str(small_text_model()), "--data-dir", str(data_dir), "--json", *flags]
         assert await asyncio.to_thread(main, flags) == 0
         return json.loads(capsys.readouterr().out)
 
