@@ -264,7 +264,7 @@ class SeatedSteps:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if not self._reproducible:
             line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
-            decode_attention.sparse_attention(operands.queries(q), records, slots, counts, line, heads, out)
+            decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
             return out
         # In groups of as many sequences as the memory for decoded entries allows.
         num_bytes = 2 * _padded(self._geometry.head_dim) * (slots.shape[1] + self._geometry.window)
@@ -273,9 +273,7 @@ class SeatedSteps:
             rows = slice(start, start + together)
             values, places, line = self._decoded(records, ring, slots[rows], rows)
             own = operands.Heads(sinks=heads.sinks, scale=1.0, cos=cos[rows], sin=sin[rows])
-            prefill_attention.prefill_attention(
-                operands.queries(q[rows]), values, places, counts[rows], line, own, out[rows]
-            )
+            prefill_attention.prefill_attention(q[rows].half(), values, places, counts[rows], line, own, out[rows])
         return out
 
     def _decoded(

@@ -143,7 +143,7 @@ class TritonOps:
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
         line, heads, out = self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
-        records, q = entries.pool.records(entries.part), operands.queries(q_THC)
+        records, q = entries.pool.records(entries.part), q_THC.half()
         num_picked = (picked_Tk >= 0).sum(1).int()
         if len(q) >= PREFILL_QUERIES_MIN:
             values = self._decoded(entries, line)
@@ -163,7 +163,7 @@ class TritonOps:
     def full_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
-        q, line, heads, out = operands.queries(q_THC), self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
+        q, line, heads, out = q_THC.half(), self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
         lens = num_visible_T.int() if entries is not None else torch.zeros_like(num_visible_T, dtype=torch.int32)
         if self.reproducible or len(q) >= PREFILL_QUERIES_MIN:
             prefill.prefill_attention(q, self._decoded(entries, line), None, lens, line, heads, out)

@@ -147,8 +147,7 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
     for c in tl.static_range(CHUNKS):
         d = c * C + tl.arange(0, C)
         at = q + h[:, None] * stride_qh + d[None, :]
-        x = tl.load(at, live_h[:, None] & (d < DIM)[None, :], other=0.0)
-        parts_q = parts_q + (x.to(tl.float32).to(tl.float16),)
+        parts_q = parts_q + (tl.load(at, live_h[:, None] & (d < DIM)[None, :], other=0.0),)
         accs = accs + (tl.zeros((H, C), tl.float32),)
 
     compressed = tl.load(lens + t)
@@ -230,11 +229,10 @@ def sparse_attention(
 ) -> None:
     """Attend to selected entries and the window (CSA), or to the window alone (picked all 0).
 
-    Shapes:  q [T, H, D] float16 or bfloat16, last dim contiguous; out [T, H, D] bfloat16 or float32, likewise, all of
-             it written; records [P, E, R] uint8; slots [T, K] int32, row t's first picked[t] in [0, P * E);
-             picked [T] int32; window and heads as in their classes.
-             splits: over how many programs a query's list is spread; None: chosen here.
-             tile: entries and warps; None: the fastest measured.
+    Shapes:  q [T, H, D] float16, last dim contiguous; out [T, H, D] bfloat16 or float32, likewise, written whole;
+             records [P, E, R] uint8; slots [T, K] int32, row t's first picked[t] in [0, P * E); picked [T] int32;
+             window and heads as in their classes. splits: over how many programs a query's list is spread; None: chosen
+             here. tile: entries and warps; None: the fastest measured.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 2.3.1, equations 17 to 19 and 2.3.3; oracle: reference.attention.
     """

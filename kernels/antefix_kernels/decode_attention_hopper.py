@@ -80,12 +80,12 @@ def _write(x, room, target, row_stride, h0, heads):
 
 @gluon.jit
 def _queries(q, stride_qh, h0, heads):
-    """Load half of the dims of 64 heads' queries, as FP16."""
+    """Load half of the dims of 64 heads' queries."""
     spread: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     h = gl.arange(0, H, gl.SliceLayout(1, spread))
     d = gl.arange(0, HALF, gl.SliceLayout(0, spread))
     at = q + gl.expand_dims((h0 + h) * stride_qh, 1) + gl.expand_dims(d, 0)
-    return gl.load(at, mask=gl.expand_dims(h0 + h < heads, 1), other=0.0).to(gl.float16)
+    return gl.load(at, mask=gl.expand_dims(h0 + h < heads, 1), other=0.0)
 
 
 @gluon.jit

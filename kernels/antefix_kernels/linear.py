@@ -32,7 +32,10 @@ _OUTPUTS_WIDE = 2048
 # For so few rows and outputs at most, whose time is that of reading weights, what measured best on an H200. A sum runs
 # over the same addends in the same instructions as in the tiles above, so its bits are the same: compared by
 # benchmarks/decode_on_card.py, and by the probe of a worker's arithmetic at every start.
-_TILES_FEW = ((64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), (128, 8192, (128, 32, 128, 4, 4)))
+_TILES_FEW = (
+    (32, 4224, (64, 32, 128, 4, 5)), (32, 8192, (64, 64, 128, 4, 4)), (32, 1 << 30, (64, 128, 64, 4, 5)),
+    (64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), (128, 8192, (128, 32, 128, 4, 4)),
+)  # fmt: skip
 # The tile for few rows that are routed to experts.
 _TILE_PICKS = (64, 128, 64, 4, 4)
 _PICKS = range(64, 1025)
@@ -205,7 +208,8 @@ def _launch(
     num_groups, num_outputs, num_addends = weights.shape
     if not out.shape[0]:
         return
-    m, n, k, warps, stages = _tile(x.dtype, out.shape[0], num_outputs, is_routed=routing is not None)
+    all_outputs = num_outputs * (1 if routing is not None else num_groups)
+    m, n, k, warps, stages = _tile(x.dtype, out.shape[0], num_outputs, all_outputs, is_routed=routing is not None)
     row_tiles = triton.cdiv(out.shape[0], m) if routing is None else len(routing.experts)
     empty = x if routing is None else routing.order
     _product_kernel[(row_tiles * triton.cdiv(num_outputs, n), 1 if routing else num_groups)](
@@ -244,13 +248,18 @@ def _launch(
     )
 
 
-def _tile(dtype: torch.dtype, num_rows: int, num_outputs: int, *, is_routed: bool) -> tuple[int, int, int, int, int]:
-    """Rows, outputs, addends, warps, stages. All tiles of one type add in the same order."""
+def _tile(
+    dtype: torch.dtype, num_rows: int, num_outputs: int, all_outputs: int, *, is_routed: bool
+) -> tuple[int, int, int, int, int]:
+    """Rows, outputs, addends, warps, stages. All tiles of one type add in the same order.
+
+    num_outputs: of a group.  all_outputs: of all groups.
+    """
     if dtype is torch.float32:
         return _TILE_FLOAT32
     if is_routed:
         return _TILE_PICKS if num_rows in _PICKS else _TILE_ROUTED
     for rows_max, outputs_max, tile in _TILES_FEW:
-        if num_rows <= rows_max and num_outputs <= outputs_max:
+        if num_rows <= rows_max and all_outputs <= outputs_max:
             return tile
     return _TILE_WIDE if num_outputs >= _OUTPUTS_WIDE else _TILE_NARROW

@@ -12,8 +12,6 @@ import torch
 
 from antefix_kernels.number_formats import EntryFormat, byte_alignment, check, check_records
 
-_QUERIES = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
@@ -40,11 +38,6 @@ class Heads:
     sin: torch.Tensor
 
 
-def queries(q: torch.Tensor) -> torch.Tensor:
-    """Queries in a type that attention reads. The kernels convert BF16 to FP16 as they load it, with the same bits."""
-    return q if q.dtype in _QUERIES else q.half()
-
-
 def check_operands(
     q: torch.Tensor, records: torch.Tensor, window: Window, heads: Heads, out: torch.Tensor
 ) -> EntryFormat:
@@ -52,7 +45,7 @@ def check_operands(
 
     Raises:  ValueError: wrong dtype, shape or stride.
     """
-    check(q.dim() == 3 and q.dtype in _QUERIES and q.stride(2) == 1, "q must be [T, H, D], float16 or bfloat16")
+    check(q.dim() == 3 and q.dtype is torch.float16 and q.stride(2) == 1, "q must be [T, H, D] float16")
     check(out.shape == q.shape and out.stride(2) == 1, "out must be [T, H, D], last dim contiguous")
     check(out.dtype in (torch.bfloat16, torch.float32), f"out must be bfloat16 or float32, is {out.dtype}")
     num_queries, num_heads, dim = q.shape

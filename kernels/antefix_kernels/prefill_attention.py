@@ -40,7 +40,6 @@ def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, o
     x = tl.load(
         q + t * stride_qt + h[:, None] * stride_qh + d[None, :], live_h[:, None] & (d < DIM)[None, :], other=0.0
     )
-    x = x.to(tl.float32).to(tl.float16)
     compressed = tl.load(lens + t)
     first = tl.load(firsts + t)
     listed = compressed + tl.load(counts + t)
@@ -136,9 +135,9 @@ def prefill_attention(
 ) -> None:
     """Attend to decoded entries and the window: to the picked ones (CSA), or to the first lens[t] (HCA).
 
-    Shapes:  q [T, H, D] float16 or bfloat16; out likewise bfloat16 or float32; values as decode_sequences returns
-             them for the same window; indices [T, K] int32 into a sequence's entries, of which row t's first lens[t]
-             count, or None; lens [T] int32.
+    Shapes:  q [T, H, D] float16; out likewise bfloat16 or float32; values as decode_sequences returns them for the
+             same window; indices [T, K] int32 into a sequence's entries, of which row t's first lens[t] count, or None;
+             lens [T] int32.
              tile: entries, warps, stages; None: the fastest measured.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  as attention.sparse_attention and attention.hca_attention; oracle: reference.attention.

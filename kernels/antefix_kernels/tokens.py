@@ -20,7 +20,7 @@ from antefix_kernels.rounding import bf16_bits
 _ELEMENTS = 4096
 _COLUMNS = 1024
 # Tokens of a program that mixes, and addends of a step: 16 is the least that a product has.
-_MIX_TOKENS, _MIX_STEP = 16, 128
+_MIX_TOKENS, _MIX_STEP = 16, 64
 # Addends of one program. One program for all of V4's 16,384 addends took 185 us on an H200 in a decode step.
 _MIX_ADDENDS = 512
 # Tokens of a program that adds up parts.
