@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -51,6 +50,9 @@ def _noted_by_pip() -> dict[str, Any]:
 
     Empty if pip noted nothing, as for a wheel from an index or from `--find-links`.
     """
+    # Imported only for a message, because it would cost each start of each process some 30 ms.
+    from importlib import metadata
+
     try:
         noted = json.loads(metadata.distribution("antefix").read_text("direct_url.json") or "{}")
     except (metadata.PackageNotFoundError, ValueError):
@@ -59,6 +61,8 @@ def _noted_by_pip() -> dict[str, Any]:
 
 
 def _version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("antefix")
     except metadata.PackageNotFoundError:

@@ -45,8 +45,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def install(noted: object) -> None:
         text = json.dumps(noted) if isinstance(noted, dict) else noted
         monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
-        monkeypatch.setattr(extras.metadata, "distribution", lambda _: _Installed(text))
-        monkeypatch.setattr(extras.metadata, "version", lambda _: _Installed.version)
+        monkeypatch.setattr(metadata, "distribution", lambda _: _Installed(text))
+        monkeypatch.setattr(metadata, "version", lambda _: _Installed.version)
 
     return install
 
@@ -87,8 +87,8 @@ def test_without_an_installed_distribution_the_command_names_the_wheel(installed
         raise metadata.PackageNotFoundError
 
     installed(None)
-    monkeypatch.setattr(extras.metadata, "distribution", missing)
-    monkeypatch.setattr(extras.metadata, "version", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     assert "antefix-VERSION-py3-none-any.whl[s3]" in extras.needs("s3://bucket", "obstore", "s3")
 
 
