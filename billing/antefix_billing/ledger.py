@@ -161,14 +161,14 @@ class Ledger:
         """
         with self._mutex:
             if self._broken:
-                raise Unavailable(f"the ledger takes no more entries because of an earlier fault: {self._broken}")
+                raise Unavailable(
+                    "the ledger takes no more entries because of an earlier fault; the router's log has it"
+                )
             try:
                 self._make_room()
-            except lmdb.Error as err:
-                log.exception("the ledger's index in %s could not take the entries of a full segment", self.directory)
+            except (lmdb.Error, OSError) as err:
+                log.exception("the ledger in %s cannot start a new segment file", self.directory)
                 raise Unavailable("the ledger cannot start a new segment file; the router's log says why") from err
-            except OSError as err:
-                raise Unavailable(f"the ledger cannot start a new segment file: {err}") from err
             batch = LedgerBatch(self._tail)
             answers = [self._add(batch, item) for item in items]
             if batch.data:
@@ -283,7 +283,9 @@ class Ledger:
                 os.fsync(self._fd)
             except OSError as second:
                 self._broken = str(second)
-            raise Unavailable(f"the ledger cannot be written: {err}") from err
+                log.exception("the ledger in %s takes no more entries", self.directory)
+            log.exception("the ledger in %s cannot be written", self.directory)
+            raise Unavailable("the ledger cannot be written; the router's log says why") from err
         self._check_in_place(self._tail.offset + len(data))
 
     def _check_in_place(self, size: int) -> None:

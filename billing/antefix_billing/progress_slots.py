@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import struct
 import zlib
@@ -36,6 +37,8 @@ from antefix.miss_reason import MissReason
 from antefix.own_files import put_aside
 from antefix.usage import Evidence, Usage
 from antefix_billing.ledger_reserve import allocate
+
+log = logging.getLogger("antefix_billing")
 
 SLOT_BYTES: Final = 256
 PROGRESS_FILE: Final = "progress"
@@ -89,7 +92,8 @@ class ProgressJournal:
                 number = self._slots[event_id] = self._take()
             os.pwrite(self._fd, _pack(event_id, done), number * SLOT_BYTES)
         except OSError as err:
-            raise Unavailable(f"the ledger's progress file cannot be written: {err}") from err
+            log.exception("the ledger's progress file cannot be written")
+            raise Unavailable("the ledger's progress file cannot be written; the router's log says why") from err
 
     def drop(self, event_id: str) -> None:
         """Free the slot of a settled request. If a crash leaves the slot behind, it names a settled request and is

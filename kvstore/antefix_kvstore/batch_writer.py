@@ -7,6 +7,7 @@ commit is a record stored. If any step fails, neither records nor index entries 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -29,6 +30,8 @@ from antefix_kvstore.space import Space
 from antefix_kvstore.storage_counters import StorageCounters
 from antefix_kvstore.tenant_quota import Quotas
 from antefix_kvstore.touches import Touches
+
+log = logging.getLogger("antefix_kvstore")
 
 
 class BatchWriter:
@@ -79,7 +82,12 @@ class BatchWriter:
         except (StoreFull, lmdb.Error, OSError) as err:
             if not isinstance(err, StoreFull) and not is_full(err, self._index.directory):
                 raise
-            refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {err}"))
+            why = str(err)
+            if not isinstance(err, StoreFull):
+                # The system's own words may have paths, so they are for the log only.
+                log.warning("records are refused, because the file system is full: %s", err)
+                why = "its file system has no space left"
+            refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {why}"))
 
     def _make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         try:

@@ -59,4 +59,5 @@ def told(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
         if isinstance(err, _LIMITS) or (isinstance(err, lmdb.Error | OSError) and is_full(err, directory)):
             raise
         tell(str(err))
-        raise IndexDamaged(f"the store's index is damaged and is being rebuilt: {err}") from err
+        # The error's own words, which may have paths, are for the log only.
+        raise IndexDamaged("the store's index is damaged and is being rebuilt") from err

@@ -444,7 +444,7 @@ class StorageEngine:
         if not self._store.lock.is_of_the_present:
             self.note_damage("its directory is gone or was replaced")
         if self._damage:
-            raise IndexDamaged(f"the store was harmed: {self._damage}; it accepts records again after the repair")
+            raise IndexDamaged("the store's files were harmed; it accepts records again after the repair")
 
     def note_damage(self, what: str) -> None:
         """Note damage in the index. The index will be rebuilt from the segments soon."""

@@ -133,3 +133,27 @@ def needs_root(*programs: str) -> None:
     probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     if subprocess.run(probe, capture_output=True, check=False).returncode:
         pytest.skip("needs mount namespaces, which this host does not give")
+
+
+def opened_to_all(*paths: str | Path) -> str:
+    """Shell commands that let all users reach these directories, for a mount namespace.
+
+    A directory above them that is closed to others, such as /root, is covered by an empty one, in which the directories
+    are mounted again at their own paths.
+    """
+    wanted = sorted({Path(path).resolve() for path in paths})
+    closed = {path: _closed_above(path) for path in wanted}
+    lines = ["mount -t tmpfs -o mode=755 tmpfs /mnt"]
+    for number, path in enumerate(path for path in wanted if closed[path]):
+        lines += [f"mkdir /mnt/{number}", f"mount --rbind {shlex.quote(str(path))} /mnt/{number}"]
+    for cover in sorted({cover for cover in closed.values() if cover}):
+        lines.append(f"mount -t tmpfs -o mode=755 tmpfs {shlex.quote(str(cover))}")
+    for number, path in enumerate(path for path in wanted if closed[path]):
+        at = shlex.quote(str(path))
+        lines += [f"(umask 022; mkdir -p {at})", f"mount --rbind /mnt/{number} {at}"]
+    return "\n".join(lines)
+
+
+def _closed_above(path: Path) -> Path | None:
+    """The highest directory above `path`, or `path` itself, that other users may not enter."""
+    return next((each for each in (*reversed(path.parents), path) if not each.stat().st_mode & 0o001), None)

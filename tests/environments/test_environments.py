@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.child_environment import child_environment
-from tests.environments.deployment_in import Place, needs_root, refused, up
+from tests.environments.deployment_in import Place, needs_root, opened_to_all, refused, up
 
 pytestmark = [pytest.mark.environments, pytest.mark.services, pytest.mark.timeout(900)]
 
@@ -90,12 +91,16 @@ def test_an_unprivileged_user(data_dir):
     for parent in data_dir.parents[:3]:
         parent.chmod(0o755)
     wrap = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
-    # Run Python as that user, who may find another Python or none if this one is below /root.
-    probe = [*wrap, sys.executable, "-P", "-c", "import antefix_console.commands.up"]
-    if subprocess.run(probe, capture_output=True, check=False, env=child_environment()).returncode:
+    shell = opened_to_all(sys.base_prefix, sys.prefix, Path(__file__).parents[2])
+    # Run Python as that user first, because files of this Python or of the checkout may be closed to other users.
+    probe = shlex.join([*wrap, sys.executable, "-P", "-c", "import antefix_console.commands.up"])
+    command = ["unshare", "--mount", "bash", "-c", f"set -e\n{shell}\nexec {probe}"]
+    if subprocess.run(command, capture_output=True, check=False, env=child_environment(), cwd="/").returncode:
         pytest.skip("other users can read neither this Python nor the checkout")
-    with up(Place(data_dir=data_dir, wrap=wrap, unset=("HOME",))) as running:
+    with up(Place(data_dir=data_dir, shell=shell, wrap=wrap, unset=("HOME",))) as running:
         running.check_answers()
+        owners = {path.stat().st_uid for path in data_dir.rglob("*")}
+    assert owners == {65534}
 
 
 def test_small_shared_memory():

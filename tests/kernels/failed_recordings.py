@@ -3,9 +3,9 @@
     python -m tests.kernels.failed_recordings --out results
 
 Prompts of one token and of twenty are run, handed over to another worker, and continued by a token there. Each outcome
-must have the bits of the first cold run. This happens with recordings that work, with garbage collected at every
-allocation while old graphs are garbage, and after a recording that was made to fail; at the end once more after such a
-failure as the code before the fix left it, to show what the check finds. Writes failed_recordings.json after every row.
+must have the bits of the first cold run: with recordings that work, with old graphs that become garbage while a step is
+recorded, and after a recording that was made to fail. The last row repeats this with the code as it was before such
+failures were mended, to show what the check finds. Writes failed_recordings.json after every row.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ LENGTHS = (1, 20)
 
 
 @contextlib.contextmanager
-def during_recordings(act: Callable[[], object]) -> Iterator[None]:
-    """Within this context every recording of several tokens begins with a call of `act`."""
+def during_recordings(act: Callable[[], object], after: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Within this context every recording of several tokens begins with a call of `act` and ends with `after`."""
     plain = step_runner.run_rows
 
     def run_rows(*args: Any) -> Any:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return plain(*args)
+        try:
             act()
-        return plain(*args)
+            return plain(*args)
+        finally:
+            after()
 
     step_runner.run_rows = run_rows
     try:
@@ -55,8 +59,14 @@ def during_recordings(act: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eager_collector() -> Iterator[None]:
-    """In every recording an old graph becomes garbage, and the collector runs at almost every allocation."""
+    """In every recording an old graph becomes garbage, and the collector would run at almost every allocation."""
     before, cycles = gc.get_threshold(), []
+
+    def leave_garbage() -> None:
+        if cycles:
+            cycles.pop()
+        gc.set_threshold(1, 1, 1)
+
     for _ in range(40 if torch.cuda.is_available() else 0):
         graph, x = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
         with torch.cuda.graph(graph):
@@ -64,12 +74,9 @@ def eager_collector() -> Iterator[None]:
         cycle: list[Any] = [graph]
         cycle.append(cycle)
         cycles.append(cycle)
-    gc.set_threshold(1, 1, 1)
-    try:
-        with during_recordings(lambda: cycles and cycles.pop()):
-            yield
-    finally:
-        gc.set_threshold(*before)
+    # Not outside of recordings: there it would take most of the time.
+    with during_recordings(leave_garbage, lambda: gc.set_threshold(*before)):
+        yield
 
 
 async def rounds(pair: WorkerPair, want: dict[int, RunOutcome], num_rounds: int) -> dict[str, int]:
