@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.tables import Row, table
+from benchmarks.tables import ROUTING, Row, table
 
 OBJECTS = ("antefix/objects", "kvstore/antefix_kvstore/object_upload.py", "kvstore/antefix_kvstore/upload_reads.py")
 HIT = ("router", "prefill", "decode", "kvstore", "antefix")
@@ -145,7 +145,7 @@ def waiting_prompts(record: Any) -> Iterable[Row]:
     yield "of these in memory at their turn", f"{100 * found['share']:.1f}%", "90% or more"
 
 
-@table("simulate_stores.json", "simulate/antefix_simulate", "router/antefix_router/placement")
+@table("simulate_stores.json", *ROUTING)
 def racks_and_fleets(record: Any) -> Iterable[Row]:
     yield (
         *("trace, scene", "stores", "hit rate, %", "memory, GB", "own disk, GB", "other stores, GB", "objects, GB"),

@@ -65,18 +65,16 @@ def product_of(x: Tensor, module: nn.Linear | PackedLinear, done: Products) -> T
 
 
 def _joined(modules: Sequence[nn.Linear | PackedLinear]) -> _Joined | None:
-    """The modules' joined weight, kept with the first module, and made again if a weight was replaced or moved. None if
-    the weights cannot be joined.
+    """The modules' joined weight, kept with the first module, and made again if a weight was replaced or moved, or is
+    computed in another form. None if the weights cannot be joined.
     """
-    parts = sum((_tensors(module) for module in modules), ())
-    kept: tuple[tuple[tuple[int, ...], ...], _Joined | None] | None = getattr(modules[0], "_antefix_joined", None)
-    if kept is not None and kept[0] == _places(parts):
+    kept: tuple[object, _Joined | None] | None = getattr(modules[0], "_antefix_joined", None)
+    if kept is not None and kept[0] == _made_of(modules):
         return kept[1]
     # Outside of inference mode, so that the weights can be used everywhere.
     with torch.inference_mode(False):
         joined = _join(modules)
-    parts = sum((_tensors(module) for module in modules), ())
-    modules[0]._antefix_joined = (_places(parts), joined)  # type: ignore[assignment]
+    modules[0]._antefix_joined = (_made_of(modules), joined)  # type: ignore[assignment]
     return joined
 
 
@@ -84,9 +82,12 @@ def _tensors(module: nn.Linear | PackedLinear) -> tuple[Tensor, ...]:
     return (module.codes, module.scales) if isinstance(module, PackedLinear) else (module.weight,)
 
 
-def _places(parts: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
-    """Where in memory tensors lie. A tensor that replaces another one while that one is kept lies elsewhere."""
-    return tuple((part.data_ptr(), *part.shape) for part in parts)
+def _made_of(modules: Sequence[nn.Linear | PackedLinear]) -> object:
+    """Where in memory the tensors lie, and their forms. A tensor that replaces another one while that one is kept lies
+    elsewhere.
+    """
+    places = [(part.data_ptr(), *part.shape) for module in modules for part in _tensors(module)]
+    return places, [module.form for module in modules if isinstance(module, PackedLinear)]
 
 
 def _join(modules: Sequence[nn.Linear | PackedLinear]) -> _Joined | None:

@@ -73,6 +73,19 @@ def test_packed_weights_whose_sums_are_split_alike(draw):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_weights_whose_inputs_are_no_longer_rounded(draw):
+    modules = [packed(draw, 128), packed(draw, 128)]
+    x = torch.randn(3, 256, generator=draw).bfloat16()
+    rounded = joined_weights.joined_products(x, modules)
+    for module in modules:
+        module.form = module.form.plain_inputs()
+    done = joined_weights.joined_products(x, modules)
+    for module in modules:
+        assert torch.equal(done[module], numerics.linear(x, module.weight))
+        assert not torch.equal(done[module], rounded[module])
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weights_that_do_not_fit_together_stay_apart(draw):
     x = torch.randn(2, 256, generator=draw).bfloat16()
     assert joined_weights.joined_products(x, [packed(draw, 128), packed(draw, 128, form="fp8 float32")]) == {}
