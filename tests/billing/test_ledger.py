@@ -206,7 +206,7 @@ def test_a_failed_write_fails_its_requests_and_the_ledger_goes_on(directory, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
-        with pytest.raises(Unavailable, match="the ledger cannot be written; the router.s log says why"):
+        with pytest.raises(Unavailable, match="the ledger cannot be written"):
             ledger.append([record("b")])
     ledger.append([record("c")])
     ledger.close()
