@@ -377,7 +377,10 @@ def main() -> None:
     )
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument(
-        "--repeats", type=int, default=3, help="how often each restore, and each plain computation, is repeated"
+        "--repeats",
+        type=int,
+        default=3,
+        help="how many times each restore, and each computation without the cache, is repeated",
     )
     parser.add_argument("--cold-repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

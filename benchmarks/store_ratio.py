@@ -1,4 +1,4 @@
-"""What is the lossless ratio of V4 rows, FP8 entries and FP4 indexer keys, made by a real model from real text?
+"""How well do V4 rows, FP8 entries and FP4 indexer keys of a real model and real text compress without loss?
 
     python -m benchmarks.store_ratio [--model DIR] [--text FILE] [--tokens N] [--json]
 

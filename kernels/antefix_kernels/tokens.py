@@ -32,7 +32,7 @@ _GATE_TOKENS = 32
 def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
                       COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
                       BACK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """ROWS rows: normed if NORM, their last ROPE dims turned (back if BACK), scaled."""
+    """Scale ROWS rows, after their norm if NORM. Their last ROPE dims are rotated by RoPE, or rotated back if BACK."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // heads, rows % heads
     c = tl.arange(0, COLUMNS)

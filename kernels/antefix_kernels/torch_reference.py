@@ -74,7 +74,7 @@ def pack_keys(x: Tensor) -> Tensor:
 
 
 def read_keys(records: Tensor, dim: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Values [..., d] of key records [..., R]."""
+    """The numbers [..., d] that packed key records [..., R bytes] hold."""
     fmt = KeyFormat(dim=dim)
     levels = torch.tensor([*_E2M1, *(-v for v in _E2M1)], dtype=dtype, device=records.device)
     pairs = records[..., : dim // 2]

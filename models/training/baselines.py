@@ -63,7 +63,7 @@ def count(data: NDArray[np.uint8], max_order: int = MAX_ORDER) -> list[tuple[Key
 
 
 def prune(counted: list[tuple[Keys, Counts]], *, size_bytes: int) -> list[Order]:
-    """Keep the most frequent pairs that fit into the size."""
+    """Keep the most frequent pairs of tokens, as many as fit into the baseline's size."""
     budget = size_bytes // ENTRY_BYTES
     frequencies = np.sort(np.concatenate([counts for _, counts in counted]))[::-1]
     least = int(frequencies[budget]) + 1 if len(frequencies) > budget else 1

@@ -83,7 +83,7 @@ def generate(shape_name: str, *, num_requests: int, unit_tokens: int, seed: int 
     Raises:  InvalidRequest: an unknown shape, or a number of requests that is not in [1, REQUESTS_MAX].
     """
     if shape_name not in SHAPES:
-        raise InvalidRequest(f"unknown shape of generated traces {shape_name!r}: use one of {', '.join(SHAPES)}")
+        raise InvalidRequest(f"there is no shape {shape_name!r} of generated traces; use one of {', '.join(SHAPES)}")
     if not 1 <= num_requests <= REQUESTS_MAX:
         raise InvalidRequest(f"the number of requests must be in [1, {REQUESTS_MAX}], is {num_requests}")
     shape, rng = SHAPES[shape_name], random.Random(seed)

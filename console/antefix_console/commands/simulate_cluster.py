@@ -270,7 +270,9 @@ def _policies(names: list[str]) -> list[str]:
 def _workers(text: str) -> tuple[int, int]:
     numbers = [whole_number(part, WORKERS_MAX) or 0 for part in text.split(":")]
     if len(numbers) != 2 or not all(numbers):
-        raise InvalidRequest(f"--workers must be P:D with 1 to {WORKERS_MAX} each, is {text!r}")
+        raise InvalidRequest(
+            f"--workers must be P:D, prefill and decode workers, 1 to {WORKERS_MAX} each: {text!r} is not"
+        )
     return numbers[0], numbers[1]
 
 

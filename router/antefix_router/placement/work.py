@@ -116,7 +116,7 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
 def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts:
     """Tokens of prefill that blocks in memory save if window state has to be rebuilt from them.
 
-    Each layer replays some tokens less than the layer below it, and the top layer none. So half of a replay of R tokens
+    Each layer recomputes fewer tokens than the layer below it, and the top layer none. So half of a replay of R tokens
     is work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R.
     """
     prefix = np.asarray(prefix_tokens, np.float64)
