@@ -4,10 +4,11 @@
 
 Draws `--layers` layers of V4-Flash's width in the released formats on the GPU, and moves a share of the experts' bytes
 to pinned host memory, as `--cpu-offload-bytes` does. For each share it measures GPU memory, decode steps of 1 and 32
-sequences behind 8,192 tokens, and a prefill chunk of 2,048 tokens. Every forward pass fetches the experts of each
-offloaded layer once, whole. So the floor is the longer of two times: the floor without offloading, and the offloaded
-bytes at the rate of pinned copies, which the same run measures. The logits of a prompt and a step must equal those
-without offloading in every bit.
+sequences behind 8,192 tokens, and a prefill chunk of 2,048 tokens. A forward pass fetches the experts of offloaded
+layers whole. (Of three offloaded layers a pass fetches only two, because one of the two buffers on the GPU serves only
+one layer.) So the floor is the longer of two times: the floor without offloading, and the bytes that a pass fetches at
+the rate of pinned copies, which the same run measures. The logits of a prompt and a step must equal those without
+offloading in every bit.
 
 Writes offloaded_experts.json after every row. 12 layers need 44 GB of GPU memory and up to 21 GB of pinned host memory.
 `--toy --device cpu` runs everything at small widths.
@@ -139,7 +140,9 @@ def measure(args: argparse.Namespace, found: dict[str, Any], save: Callable[[dic
         row = {"share": share, "offloaded_layers": len(layers), "host_gb": host_bytes / 1e9, "draw_s": _since(started)}
         row |= {"card_gb": torch.cuda.memory_allocated() / 1e9 if args.device == "cuda" else 0.0}
         row |= {"equals_all_on_card": bool(torch.equal(got, want))}
-        copy_s = host_bytes / rate
+        fetched = _fetched_per_pass(bench)
+        row |= {"fetched_per_pass": fetched, "fetched_gb": fetched * host_bytes / max(1, len(layers)) / 1e9}
+        copy_s = row["fetched_gb"] * 1e9 / rate
         cases = [(f"step of {n}", functools.partial(bench.step_s, n), 1, n, args.context) for n in SEQUENCES]
         cases.append((f"chunk of {args.chunk}", bench.chunk_s, args.chunk, 1, 2 * args.chunk))
         for name, call, tokens, count, context in cases:
@@ -150,10 +153,20 @@ def measure(args: argparse.Namespace, found: dict[str, Any], save: Callable[[dic
         if model.offload is not None:
             row |= {"fetched": model.offload.num_fetched, "waited": model.offload.num_waits}
         save(row)
-        del model, floors, bench, cases
+        # `call` holds the model too.
+        del model, floors, bench, cases, call
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _fetched_per_pass(bench: Bench) -> float:
+    """The number of offloaded layers that a forward pass fetches."""
+    if bench.model.offload is None:
+        return 0
+    before = bench.model.offload.num_fetched
+    bench.logits()  # two forward passes
+    return (bench.model.offload.num_fetched - before) / 2
 
 
 def _since(started: float) -> float:

@@ -30,17 +30,15 @@ NAMED: dict[str, tuple[str, ...]] = {
     "break_even_services.json": ("router", "prefill", "decode", "kvstore", "simulate/antefix_simulate"),
     "grants.json": ("antefix/security",),
     "index_readers.json": ("antefix/store_files",),
-    "kernels.json": ("kernels/antefix_kernels",),
     "ranks_on_cards_services.json": ("antefix/model", "prefill/antefix_prefill/worker"),
 }
 # Records of code that has been replaced. Documents show them next to the present figures, or as what was tried.
 HISTORY = frozenset(
     {
         "agents_short_pieces.json",
-        "card_restore_h200_before.json",
+        "card_restore.json",
         "decode_on_card_launched.json",
         "packed_candidates.json",
-        "prefill_on_card_before.json",
         "ranks_on_cards_before.json",
         "store.json",
         "weights_on_card_before.json",

@@ -117,13 +117,6 @@ def prefill_behind(record: Any) -> Iterable[Row]:
         yield _chunk(behind, row, row["floor_s"])
 
 
-@table("prefill_on_card_before.json", *KERNELS, "antefix/model")
-def prefill_behind_before(record: Any) -> Iterable[Row]:
-    yield "tokens behind a chunk of 8,192", "seconds", "tokens/s (higher is better)", *_FLOOR
-    for row in record["prefill"]:
-        yield _chunk(row["behind"], row, row["whole_floor_s"])
-
-
 _FLOOR = ("floor, s", "times the floor (2 wanted, lower is better)")
 
 
@@ -132,12 +125,59 @@ def _chunk(behind: int, row: Any, floor_s: float) -> Row:
     return f"{behind:,}", f"{seconds:.2f}", f"{speed:,.0f}", f"{floor_s:.3f}", f"{seconds / floor_s:.1f}"
 
 
+# Kernels and shapes of the short table: the table's name of a shape, then the record's, {} standing for each length.
+_LENGTHS = ("8K", "64K", "256K", "1M")
+_IN_SHORT = (
+    ("pack_csa", "{} tokens", "{}", _LENGTHS[:3]),
+    ("pack_keys", "{}", "{}", _LENGTHS[:3]),
+    ("pack_hca", "{}", "{}", _LENGTHS[:3]),
+    ("window_pack", "{}", "{}", _LENGTHS[:3]),
+    ("unpack_entries", "{} entries", "{}", _LENGTHS[:3]),
+    ("copy_records", "{}", "{}", _LENGTHS[:3]),
+    ("index_scores", "decode, S=32: {}", "{} flash S=32 Q=1", _LENGTHS[1:]),
+    ("indexer_topk", "decode, Flash, S=32: {}", "{} flash S=32 Q=1", _LENGTHS[1:]),
+    ("index_scores", "prefill, Q=2048: {}", "{} flash S=1 Q=2048", _LENGTHS),
+    ("indexer_topk", "prefill, Flash, Q=2048: {}", "{} flash S=1 Q=2048", _LENGTHS),
+    ("sparse_attention", "decode, Flash, S=128: {}", "{} flash S=128 Q=1", _LENGTHS[1:]),
+    ("sparse_attention", "decode, Pro, S=128: {}", "{} pro S=128 Q=1", _LENGTHS[1:]),
+    ("sparse_attention", "prefill, Flash, Q=2048: {}", "{} flash S=1 Q=2048", _LENGTHS[1:]),
+    ("sparse_attention", "prefill, Pro, Q=2048: {}", "{} pro S=1 Q=2048", _LENGTHS[1:]),
+    ("hca_attention", "decode, Flash, S=32: {}", "{} flash S=32 Q=1", _LENGTHS[1:]),
+    ("hca_attention", "decode, Pro, S=32: {}", "{} pro S=32 Q=1", _LENGTHS[1:]),
+    ("hca_attention", "prefill, Flash, Q=2048: {}", "{} flash S=1 Q=2048", _LENGTHS[1:]),
+    ("hca_attention", "prefill, Pro, Q=2048: {}", "{} pro S=1 Q=2048", _LENGTHS[1:]),
+)
+
+
+@table("kernels.json", *KERNELS)
+def kernels_in_short(record: Any) -> Iterable[Row]:
+    yield "kernel", "shape", "us (lower is better)", "of floor (1 is best)", "of bandwidth", "eager us", "times eager"
+    found = {(row["kernel"], row["shape"]): row for row in record["rows"]}
+    for kernel, said, shape, lengths in _IN_SHORT:
+        rows = [found[kernel, shape.format(length)] for length in lengths]
+        eager = [row for row in rows if row.get("eager_us")]
+        yield (
+            *(kernel, said.format(" / ".join(lengths))),
+            " / ".join(f"{row['us']:.{1 if row['us'] < 99.95 else 0}f}" for row in rows),
+            " / ".join(f"{row['fraction']:.2f}" for row in rows),
+            " / ".join(f"{row['bandwidth_fraction']:.2f}" for row in rows),
+            " / ".join(f"{row['eager_us']:.0f}" for row in eager),
+            " / ".join(f"{row['eager_us'] / row['us']:.2g}" for row in eager),
+        )
+
+
 @table("sanitizer.json", *KERNELS)
 def sanitizer(record: Any) -> Iterable[Row]:
     yield "tool", "parts that ended", "errors (0 wanted)"
     for row in record["tools"]:
-        told = row["errors"] if row["ended"] else f"did not end in {row['limit_s']} s, so nothing is shown"
-        yield row["tool"], ", ".join(row["parts_ended"]), f"{told}"
+        yield row["tool"], ", ".join(row["parts_ended"]), f"{row['errors']}"
+
+
+@table("racecheck.json", *KERNELS)
+def racecheck_by_part(record: Any) -> Iterable[Row]:
+    yield "part", f"ended within {record['limit_s']} s", "errors until then (0 wanted)"
+    for row in record["parts"]:
+        yield row["part"], "yes" if row["ended"] else "no", f"{row['errors']}"
 
 
 @table("verify_released_card.json", *KERNELS, "antefix/model", "console/antefix_console/verify")
@@ -241,11 +281,6 @@ def restored_on_a_card(record: Any) -> Iterable[Row]:
 
 @table("card_restore_h200.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
 def restored_on_an_h200(record: Any) -> Iterable[Row]:
-    yield from restored_on_a_card(record)
-
-
-@table("card_restore_h200_before.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
-def restored_on_an_h200_before(record: Any) -> Iterable[Row]:
     yield from restored_on_a_card(record)
 
 

@@ -54,12 +54,13 @@ def parts_of_restores(record: Any) -> Iterable[Row]:
 def offloaded_experts(record: Any) -> Iterable[Row]:
     cases = [key for key in record["rows"][0] if key.startswith(("step", "chunk"))]
     yield (
-        *("experts on the host", "GB on the host", "GB on the GPU"),
+        *("experts on the host", "GB on the host", "GB on the GPU", "GB fetched per pass"),
         *(f"a {case}, ms (times the floor, lower is better)" for case in cases),
     )
     for row in record["rows"]:
         cells = (f"{1e3 * row[case]['s']:.1f} ({row[case]['over']:.1f})" for case in cases)
-        yield f"{row['share']:.0%}", f"{row['host_gb']:.1f}", f"{row['card_gb']:.1f}", *cells
+        sizes = (f"{row.get(key, 0):.1f}" for key in ("host_gb", "card_gb", "fetched_gb"))
+        yield f"{row['share']:.0%}", *sizes, *cells
 
 
 @table("drafting_on_card.json", *MODEL, "decode/antefix_decode")
