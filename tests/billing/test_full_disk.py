@@ -66,7 +66,7 @@ def test_a_segment_grows_on_until_there_is_space_for_the_next(disk):
 def test_a_used_up_reserve_is_an_error_and_comes_back(disk):
     ledger = Ledger(disk / "ledger")
     fill(disk / "ballast")
-    with pytest.raises(Unavailable, match="No space"):
+    with pytest.raises(Unavailable, match="the ledger cannot be written"):
         settle(ledger, range(10_000))
     num_settled = len(list(read_settled(disk / "ledger")))
     assert num_settled > 500

@@ -44,7 +44,8 @@ def test_a_rehearsal_takes_what_is_not_released_yet() -> None:
 
 
 def test_the_version_is_the_one_that_the_changelog_is_at() -> None:
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    # What is not released yet stands above, under "[Unreleased]".
+    newest = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
     assert newest[1] == __version__
     assert f"Version {__version__.rpartition('.')[0]}." in (ROOT / "README.md").read_text()

@@ -85,6 +85,15 @@ async def test_a_server_keeps_so_many_idle_connections_of_an_address_and_its_cal
     monkeypatch.setattr(rpc, "CallerLimits", lambda: CallerLimits(connections_max=4))
     monkeypatch.setattr(idle_connections, "LOOK_S", 0.05)
     security = ProcessSecurity(Role.ROUTER)
+
+    def closed():
+        return sum(
+            sample.value
+            for family in security.guard.metrics()
+            for sample in family.samples
+            if sample.labels.get("method") == "(connection)" and sample.name.endswith("_total")
+        )
+
     server = await rpc.start_server("127.0.0.1:0", lambda _: None, [], security=security)
     host, _, port = server.address.rpartition(":")
     async with rpc.channel(server.address) as channel:
@@ -93,18 +102,11 @@ async def test_a_server_keeps_so_many_idle_connections_of_an_address_and_its_cal
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         with contextlib.ExitStack() as held:
             idle = [held.enter_context(socket.create_connection((host, int(port)))) for _ in range(20)]
-            await until(lambda: len(accepted(int(port))) == 4)
+            # All but four of the 21 connections are closed, but never the watching one.
+            await until(lambda: closed() == 17 and len(accepted(int(port))) == 4)
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
             assert sum(each.fileno() >= 0 for each in idle) == 20
             assert not watching.done()
-        closed = [
-            sample.value
-            for family in security.guard.metrics()
-            for sample in family.samples
-            if sample.labels.get("method") == "(connection)" and sample.name.endswith("_total")
-        ]
-        # All but four of the 21 connections are closed, but never the watching one.
-        assert closed == [17.0]
         watching.cancel()
     await server.drain(0)
     assert all(watch.done() for watch in server.watches)
