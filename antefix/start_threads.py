@@ -18,6 +18,7 @@ from antefix.host_limits import usable_cores
 T = TypeVar("T")
 # As asyncio's own default: blocking calls mostly wait, so there may be more threads than cores.
 _MORE_THAN_CORES: Final = 4
+_THREADS_MAX: Final = 32
 
 
 def start_threads(pool: ThreadPoolExecutor, num_threads: int) -> None:
@@ -40,7 +41,7 @@ async def with_threads(work: Coroutine[Any, Any, T]) -> T:
 
     The pool's size follows the cores that this process may use. asyncio's own pool follows the cores of the host.
     """
-    num_threads = usable_cores() + _MORE_THAN_CORES
+    num_threads = min(_THREADS_MAX, usable_cores() + _MORE_THAN_CORES)
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="asyncio")
     start_threads(pool, num_threads)
     asyncio.get_running_loop().set_default_executor(pool)

@@ -85,8 +85,9 @@ class BatchWriter:
             why = str(err)
             if not isinstance(err, StoreFull):
                 # The system's own words may have paths, so they are for the log only.
-                log.warning("records are refused, because the file system is full: %s", err)
-                why = "its file system has no space left"
+                what = "index" if isinstance(err, lmdb.MapFullError) else "file system"
+                log.warning("records are refused, because the %s is full: %s", what, err)
+                why = f"its {what} has no space left"
             refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {why}"))
 
     def _make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:

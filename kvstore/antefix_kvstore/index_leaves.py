@@ -238,10 +238,12 @@ def _read_nodes(fd: int, page_bytes: int, numbers: Sequence[int], kind: int) -> 
     # Pages that follow one another in the file are read together.
     begins = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
     for begin, end in itertools.pairwise(begins):
-        nbytes = (end - begin) * page_bytes
-        part = view[begin * page_bytes : end * page_bytes]
-        if os.preadv(fd, [part], numbers[begin] * page_bytes) < nbytes:
-            raise Fault("it is shorter than it says")
+        part, offset = view[begin * page_bytes : end * page_bytes], numbers[begin] * page_bytes
+        # Some file systems give less at once than they have.
+        while part:
+            if not (nbytes := os.preadv(fd, [part], offset)):
+                raise Fault("it is shorter than it says")
+            part, offset = part[nbytes:], offset + nbytes
     pages = np.frombuffer(raw, np.uint8).reshape(len(numbers), page_bytes)
     halves = pages.view("<u2")
     lower, upper = halves[:, 6].astype(np.int64), halves[:, 7].astype(np.int64)

@@ -72,7 +72,7 @@ def structure_fault(path: Path, tables: Sequence[str], leaves: Leaves) -> str | 
     try:
         with os.fdopen(open_to_read(path), "rb") as file:
             _Walk(file.fileno(), tables, leaves).run()
-    except (Fault, Damaged, struct.error, OSError, ValueError, IndexError) as err:
+    except (Fault, Damaged, struct.error, OSError, ValueError, IndexError, OverflowError) as err:
         return str(err) or type(err).__name__
     return None
 

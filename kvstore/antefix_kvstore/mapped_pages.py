@@ -28,18 +28,23 @@ class MappedPages:
 
 
 def _areas_of(path: Path) -> list[tuple[int, int]]:
-    """The first and last address of each map. Other files on the same device have other inode numbers."""
+    """The first and last address of each map.
+
+    Other files on the same device have other inode numbers. Overlays and btrfs show another device here than `stat`
+    does, but the same inode number and path.
+    """
     stat = path.stat()
-    device = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}"
+    device, resolved = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}", str(path.resolve())
     try:
-        lines = _MAPS.read_text(errors="replace").splitlines()
+        text = _MAPS.read_text(errors="replace")
     except OSError:
         return []
     found = []
-    for line in lines:
+    # Paths may have characters at which `splitlines` would split.
+    for line in text.split("\n"):
         # Addresses, rights, offset, device, inode, path.
-        area, _, _, on, inode, *_ = line.split(maxsplit=5)
-        if (on, inode) == (device, str(stat.st_ino)):
+        area, _, _, on, inode, name = [*line.split(maxsplit=5), *[""] * 6][:6]
+        if inode == str(stat.st_ino) and (on == device or name == resolved):
             begin, end = area.split("-")
             found.append((int(begin, 16), int(end, 16)))
     return found

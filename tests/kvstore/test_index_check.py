@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from antefix.record import RecordKind
 from antefix_kvstore.index_check import index_fault
+from antefix_kvstore.index_structure import structure_fault
 from antefix_kvstore.index_sums import xxh32_of_rows
 from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.storage_engine import StorageEngine
@@ -45,6 +48,12 @@ def test_a_sound_index_has_no_fault(index: Path) -> None:
     assert index_fault(index) is None
 
 
+def test_a_sound_index_has_no_fault_where_reads_are_short(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: read(fd, [parts[0][:5000]], offset))
+    assert index_fault(index) is None
+
+
 def test_what_another_walk_of_the_file_refuses_is_refused(index: Path, tmp_path: Path) -> None:
     data = (index / "data.mdb").read_bytes()
     rng = random.Random(5)
@@ -65,6 +74,31 @@ def test_what_another_walk_of_the_file_refuses_is_refused(index: Path, tmp_path:
         if refused:
             assert index_fault(harmed), f"byte {at}"
     assert num_refused > 2
+
+
+def test_a_branch_whose_key_is_one_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tree of several branches and batches. A branch's key is the first key of the pages to its right."""
+    monkeypatch.setattr("antefix_kvstore.index_structure._BATCH_PAGES", 20)
+    monkeypatch.setattr("antefix_kvstore.index_structure._BATCH_BRANCHES", 3)
+    path = tmp_path / "data.mdb"
+    with lmdb.open(str(tmp_path), max_dbs=1, map_size=16 << 20, sync=False) as env:
+        table = env.open_db(b"blocks")
+        with env.begin(write=True, db=table) as txn:
+            for number in range(300):
+                txn.put(number.to_bytes(2, "big").ljust(300, b"k"), bytes(900))
+    assert structure_fault(path, ("blocks",), lambda *_: None) is None
+    data = path.read_bytes()
+    branches = [at for at in range(0, len(data), 4096) if data[at + 10 : at + 12] == b"\1\0"]
+    assert len(branches) > 3
+    for number, begin in enumerate(branches):
+        (lower,) = struct.unpack_from("<H", data, begin + 12)
+        nodes = struct.unpack_from(f"<{(lower - 16) // 2}H", data, begin + 16)
+        # The first node's key is not used.
+        at = begin + nodes[1 + number % (len(nodes) - 1)] + 8
+        for change in (-1, 1):
+            key = int.from_bytes(data[at : at + 2], "big") + change
+            path.write_bytes(data[:at] + key.to_bytes(2, "big") + data[at + 2 :])
+            assert structure_fault(path, ("blocks",), lambda *_: None) == "keys are not in order"
 
 
 def test_every_bit_of_an_entry_counts(index: Path, tmp_path: Path) -> None:
@@ -91,6 +125,19 @@ def test_a_table_that_does_not_follow_is_refused(open_engine: OpenEngine, tmp_pa
     engine.abandon()
     assert lmdb.verify.verify(str(tmp_path / "store" / "index"), subdir=True) == []
     assert index_fault(tmp_path / "store" / "index")
+
+
+@pytest.mark.parametrize("root_at", [112, 64], ids=["main", "free"])
+def test_a_root_far_beyond_any_file_is_a_fault(index: Path, root_at: int) -> None:
+    """Its offset in bytes is no number that the system takes."""
+    harmed = bytearray((index / "data.mdb").read_bytes())
+    for slot in range(2):
+        # Header of the page 16, magic, version, address and map size 24, then the tables of free pages and of tables.
+        at = slot * 4096 + 16 + root_at
+        assert int.from_bytes(harmed[at : at + 8], "little") < len(harmed) // 4096
+        harmed[at + 7] ^= 0x40
+    (index / "data.mdb").write_bytes(harmed)
+    assert index_fault(index)
 
 
 def test_an_index_that_was_cut_is_refused(index: Path) -> None:

@@ -13,7 +13,8 @@ from antefix.store_files.record_format import Codec, IndexEntry, RecordFlag, pac
 from antefix.store_files.record_header import RecordHeader, owner_row, pack_record_header
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.forest_rows import hang_together, parent_names, sums_to_root
-from antefix_kvstore.header_rows import extents_of, owner_key, rows_of, short_entries
+from antefix_kvstore.header_rows import extents_of, numbers_of, owner_key, rows_of, short_entries
+from antefix_kvstore.index_rebuild import _last_copies
 from antefix_kvstore.seen_names import SeenNames
 
 SEED = 7
@@ -165,6 +166,25 @@ def test_a_forest_is_what_following_each_parent_gives(seed: int, takes_apart: bo
         if parent is not None and not apart and not header.flags & RecordFlag.FIRST:
             children[parent] += 1
     assert forest.children().tolist() == children
+
+
+def test_names_that_begin_alike_are_told_apart() -> None:
+    rng = random.Random(3)
+    names = [b"8 bytes." + bytes([number] * 24) for number in range(4)]
+    hashes = np.frombuffer(b"".join([*names[:3], names[1]]), "V32")
+    assert numbers_of(hashes, names[2:]) == {names[2]: 2}
+    assert numbers_of(hashes, names[:2]) == {names[0]: 0, names[1]: 3}
+    places = [(2, 0), (1, 1), (1, 2), (1, 1)]
+    headers = [
+        header_of(rng, kind=RecordKind.BLOCK, hash=names[number], segment=segment, offset=8 * at)
+        for at, (segment, number) in enumerate(places)
+    ]
+    kept = _last_copies(rows_of([pack_record_header(header, SEED) for header in headers], SEED))
+    assert list(zip(kept["hash"].tolist(), kept["offset"].tolist(), strict=True)) == [
+        (names[2], 16),
+        (names[1], 24),
+        (names[0], 0),
+    ]
 
 
 def test_records_that_hang_on_one_another_in_a_circle_never_stand() -> None:

@@ -164,15 +164,19 @@ def test_a_damaged_index_is_told_in_our_own_words(open_engine, monkeypatch, err)
 
 
 @pytest.mark.parametrize(
-    "err",
-    [OSError(errno.ENOSPC, "No space left on device", INSIDE), lmdb.MapFullError(f"mdb_put: MDB_MAP_FULL: {INSIDE}")],
+    ("err", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", INSIDE), "file system"),
+        (lmdb.MapFullError(f"mdb_put: MDB_MAP_FULL: {INSIDE}"), "index"),
+    ],
     ids=["the disk", "the index"],
 )
-def test_a_full_disk_refuses_records_in_our_own_words(open_engine, monkeypatch, err, caplog):
+def test_a_full_disk_refuses_records_in_our_own_words(open_engine, monkeypatch, err, full, caplog):
     engine = open_engine()
     monkeypatch.setattr(engine.segments, "append", raising(err))
     refused = engine.put(Prompt([7] * 64).blocks()).refused
     assert refused and all(says_nothing(str(refusal)) for refusal in refused.values())
+    assert all(f"its {full} has no space left" in str(refusal) for refusal in refused.values())
     assert INSIDE in caplog.text
 
 

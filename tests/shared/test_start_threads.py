@@ -4,6 +4,8 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from antefix.start_threads import start_threads, with_threads
 
 
@@ -32,13 +34,17 @@ def refuse(_):
     raise RuntimeError("can't start new thread")
 
 
-def test_the_default_pool_follows_the_cores_that_this_process_may_use(monkeypatch):
-    monkeypatch.setattr("antefix.start_threads.usable_cores", lambda: 3)
+@pytest.mark.parametrize(("cores", "num_threads"), [(3, 7), (200, 32)])
+def test_the_default_pool_follows_the_cores_that_this_process_may_use(monkeypatch, cores, num_threads):
+    monkeypatch.setattr("antefix.start_threads.usable_cores", lambda: cores)
 
     async def work():
-        before = num_named("asyncio")
+        # Other event loops of this process may have threads of the same name.
+        threads = asyncio.get_running_loop()._default_executor._threads
+        before = set(threads)
         await asyncio.to_thread(int)
-        return before, num_named("asyncio")
+        return before, set(threads)
 
-    assert asyncio.run(with_threads(work())) == (7, 7)
-    assert num_named("asyncio") == 0
+    before, after = asyncio.run(with_threads(work()))
+    assert before == after and len(after) == num_threads
+    assert not any(thread.is_alive() for thread in after)
