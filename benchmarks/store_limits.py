@@ -112,8 +112,10 @@ def one_pass_read(path: Path, into: Array, reads: CheckedReads, *, depth: int, n
 
 
 def _shared_out(read: Callable[[int], None], firsts: Iterable[int], depth: int) -> float:
-    """Seconds until `depth` threads have done all reads. Each thread takes the next one from one queue."""
-    waiting = deque(firsts)
+    """Seconds until `depth` threads have done all reads. Each thread takes the next one from one queue. If a read
+    fails, no time is returned, because it would be that of fewer reads.
+    """
+    waiting, failures = deque(firsts), list[Exception]()
 
     def work() -> None:
         while True:
@@ -121,7 +123,11 @@ def _shared_out(read: Callable[[int], None], firsts: Iterable[int], depth: int) 
                 first = waiting.popleft()
             except IndexError:
                 return
-            read(first)
+            try:
+                read(first)
+            except (AssertionError, OSError) as error:
+                failures.append(error)
+                return
 
     def run() -> None:
         threads = [threading.Thread(target=work) for _ in range(depth - 1)]
@@ -130,6 +136,8 @@ def _shared_out(read: Callable[[int], None], firsts: Iterable[int], depth: int) 
         work()
         for thread in threads:
             thread.join()
+        if failures:
+            raise failures[0]
 
     return seconds(run)
 

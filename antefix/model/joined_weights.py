@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.numerics import has_kernels, linear
-from antefix.model.packed import PackedLinear, PackedMatrix, card_splits, joined_matrix
+from antefix.model.packed import PackedLinear, PackedMatrix, card_splits, joined_matrix, stacked
 
 # Products that were computed together, by module.
 Products = Mapping[nn.Module, Tensor]
@@ -92,25 +92,33 @@ def _made_of(modules: Sequence[nn.Linear | PackedLinear]) -> object:
 
 def _join(modules: Sequence[nn.Linear | PackedLinear]) -> _Joined | None:
     """Put the modules' weights side by side, and make the modules' own weights views of the joined memory."""
-    first = modules[0]
-    if isinstance(first, PackedLinear):
-        packed = [module for module in modules if isinstance(module, PackedLinear)]
-        splits = {card_splits(module.weight) for module in packed}
-        matrix = joined_matrix([module.weight for module in packed]) if len(splits) == 1 else None
-        if matrix is None:
-            return None
-        row = 0
-        for module in packed:
-            rows, per_scale = len(module.codes), module.form.block[0]
-            module.codes = matrix.codes[row : row + rows]
-            module.scales = matrix.scales[row // per_scale : (row + rows) // per_scale]
-            row += rows
-        return _Joined(matrix, splits.pop())
-    plain = [module for module in modules if isinstance(module, nn.Linear)]
-    weights = [module.weight for module in plain]
-    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+    packed = [module for module in modules if isinstance(module, PackedLinear)]
+    if not packed:
+        return _join_plain([module for module in modules if isinstance(module, nn.Linear)])
+    return _join_packed(packed) if len(packed) == len(modules) else None
+
+
+def _join_packed(modules: Sequence[PackedLinear]) -> _Joined | None:
+    splits = {card_splits(module.weight) for module in modules}
+    matrix = joined_matrix([module.weight for module in modules]) if len(splits) == 1 else None
+    if matrix is None:
         return None
-    joined = torch.cat([weight.detach() for weight in weights])
-    for each, part in zip(plain, joined.split([len(weight) for weight in weights]), strict=True):
+    row = 0
+    for module in modules:
+        rows, per_scale = len(module.codes), module.form.block[0]
+        module.codes = matrix.codes[row : row + rows]
+        module.scales = matrix.scales[row // per_scale : (row + rows) // per_scale]
+        row += rows
+    return _Joined(matrix, splits.pop())
+
+
+def _join_plain(modules: Sequence[nn.Linear]) -> _Joined | None:
+    weights = [module.weight for module in modules]
+    is_alike = len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) == 1
+    # An optimizer would keep changing the weights that it was given.
+    if not is_alike or any(weight.requires_grad for weight in weights):
+        return None
+    joined = stacked([weight.detach() for weight in weights])
+    for each, part in zip(modules, joined.split([len(weight) for weight in weights]), strict=True):
         each.weight = nn.Parameter(part, requires_grad=False)
     return _Joined(joined, None)

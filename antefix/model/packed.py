@@ -95,7 +95,7 @@ def card_splits(weight: PackedMatrix) -> int:
 
 
 def joined_matrix(weights: Sequence[PackedMatrix]) -> PackedMatrix | None:
-    """Copies of several matrices [O, K], one under the other; None if they are not packed alike, or if two of them
+    """Several matrices [O, K], one under the other (`stacked`); None if they are not packed alike, or if two of them
     would share a block of scales.
     """
     first = weights[0]
@@ -103,9 +103,20 @@ def joined_matrix(weights: Sequence[PackedMatrix]) -> PackedMatrix | None:
     if len(forms) > 1 or any(weight.shape[0] % weight.block[0] for weight in weights):
         return None
     codes, scales = [_bytes_of(w.codes) for w in weights], [_bytes_of(w.scales) for w in weights]
-    return replace(
-        first, codes=torch.cat(codes).view(first.codes.dtype), scales=torch.cat(scales).view(first.scales.dtype)
-    )
+    return replace(first, codes=stacked(codes).view(first.codes.dtype), scales=stacked(scales).view(first.scales.dtype))
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [O, B] of one type, one under the other: a view if they already lie so in one memory, else a copy.
+    Recorded CUDA graphs read weights where they lay, so a weight must not move without need.
+    """
+    first = parts[0]
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.untyped_storage().data_ptr() != memory or part.data_ptr() != end:
+            return torch.cat(list(parts))
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), (first.shape[1], 1))
 
 
 def _bytes_of(x: Tensor) -> Tensor:

@@ -345,13 +345,15 @@ def _recording(device: torch.device, memory: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # it is closed if the recording itself ended well
+        # It is closed if the recording itself ended well; another torch may have no such function.
+        with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, memory)
         raise
     finally:
-        torch.cuda.set_stream(stream)
+        # First, because a call of a GPU that is lost fails too.
         if collects:
             gc.enable()
+        torch.cuda.set_stream(stream)
 
 
 def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:

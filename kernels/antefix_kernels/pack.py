@@ -283,9 +283,10 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
     check(byte_alignment(target.records) >= 2, "records must start at even addresses: they hold BF16")
     num_values, num_rows = num_rows, target.slots.numel() if norm is None else num_rows
     _check_slots(target, num_rows)
+    copies = max(num_rows // max(num_values, 1), 1)
+    check(num_rows == copies * num_values, f"{num_rows} slots are no multiple of {num_values} values")
     if not num_values:
         return
-    check(num_rows % num_values == 0, f"{num_rows} slots are no multiple of {num_values} values")
     rows, warps = _ROW_TILE
     _rows_kernel[(triton.cdiv(num_rows, rows),)](
         values,

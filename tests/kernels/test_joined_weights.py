@@ -86,6 +86,40 @@ def test_weights_whose_inputs_are_no_longer_rounded(draw):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_a_change_of_form_moves_no_weight(draw):
+    """Recorded CUDA graphs read weights where they lay when the step was recorded."""
+    modules = [packed(draw, 128), packed(draw, 128)]
+    forms = [module.form for module in modules]
+    x = torch.randn(3, 256, generator=draw).bfloat16()
+    before = joined_weights.joined_products(x, modules)
+    places = [(module.codes.data_ptr(), module.scales.data_ptr()) for module in modules]
+    modules[0].form = modules[0].form.plain_inputs()
+    assert joined_weights.joined_products(x, modules) == {}
+    modules[1].form = modules[1].form.plain_inputs()
+    assert set(joined_weights.joined_products(x, modules)) == set(modules)
+    for module, form in zip(modules, forms, strict=True):
+        module.form = form
+    done = joined_weights.joined_products(x, modules)
+    assert [(module.codes.data_ptr(), module.scales.data_ptr()) for module in modules] == places
+    assert all(torch.equal(done[module], before[module]) for module in modules)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_weights_that_are_trained_stay_their_optimizers(draw):
+    modules = [plain(draw, 64), plain(draw, 64)]
+    weights = [module.weight.requires_grad_() for module in modules]
+    with torch.no_grad():
+        assert joined_weights.joined_products(torch.randn(2, 64, generator=draw), modules) == {}
+    assert all(module.weight is weight for module, weight in zip(modules, weights, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_packed_and_a_plain_weight_have_no_product_together(draw):
+    for modules in ([packed(draw, 128), plain(draw, 128, 256)], [plain(draw, 128, 256), packed(draw, 128)]):
+        assert joined_weights.joined_product(torch.randn(2, 256, generator=draw), modules) is None
+
+
+@pytest.mark.usefixtures("kernels")
 def test_weights_that_do_not_fit_together_stay_apart(draw):
     x = torch.randn(2, 256, generator=draw).bfloat16()
     assert joined_weights.joined_products(x, [packed(draw, 128), packed(draw, 128, form="fp8 float32")]) == {}

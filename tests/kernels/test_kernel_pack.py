@@ -201,5 +201,9 @@ def test_entries_are_written_to_several_places(device, draw):
         pack.pack_entries(values, 32, pack.Target(records=one_by_one, slots=part))
     pack.pack_entries(values, 32, pack.Target(records=together, slots=slots.flatten()))
     assert torch.equal(together, one_by_one)
-    with pytest.raises(ValueError, match="no multiple"):
-        pack.pack_entries(values, 32, pack.Target(records=together, slots=slots[0, :2]))
+    # No slot at all is refused too, and slots without values, because nothing would be written.
+    for given, places in ((values, slots[0, :2]), (values, slots[0, :0]), (values[:0], slots[0])):
+        with pytest.raises(ValueError, match="no multiple"):
+            pack.pack_entries(given, 32, pack.Target(records=together, slots=places))
+    pack.pack_entries(values[:0], 32, pack.Target(records=together, slots=slots[0, :0]))
+    assert torch.equal(together, one_by_one)

@@ -142,7 +142,10 @@ def test_swiglu(draw):
     close(tokens.swiglu(gate_up, 10.0), torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10), 1e-6)
 
 
-@pytest.mark.parametrize(("num_streams", "width", "dtype"), [(4, 40, torch.float32), (2, 32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("num_streams", "width", "dtype"),
+    [(4, 40, torch.float32), (2, 32, torch.bfloat16), (3, 24, torch.float32)],
+)
 def test_mixing_in_two_launches(draw, num_streams, width, dtype):
     streams = normal(draw, 19, num_streams, width, dtype=dtype)
     num_logits = (2 + num_streams) * num_streams

@@ -24,7 +24,8 @@ class Card:
         self.current: Any = self.stream("the worker's")
         for name in ("current_stream", "set_stream", "graph", "graph_pool_handle", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.close_memory)
+        # PyTorch without CUDA may have no such function.
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.close_memory, raising=False)
 
     @staticmethod
     def stream(name: str) -> Any:
@@ -81,6 +82,29 @@ def test_after_a_failed_recording_the_thread_is_back_on_its_stream(card: Card) -
     assert card.current is before
     assert not card.is_open
     assert gc.isenabled()
+
+
+def test_garbage_is_collected_again_even_if_the_gpu_is_lost(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(stream: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "set_stream", fail)
+    try:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            record(card, lambda: None)
+        assert gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_torch_that_closes_no_memory_hides_no_error(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+
+    def step() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        record(card, step)
 
 
 def test_no_garbage_is_collected_while_a_step_is_recorded(card: Card) -> None:
