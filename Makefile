@@ -147,7 +147,7 @@ test-compiled: setup $(COMPILED)/.ready
 	$(COMPILED)/bin/python -m antefix_console verify
 
 # Every kernel compiled for Hopper by the Triton that cards run, without a card: an environment of its own in .cards/,
-# some minutes on two idle cores. And what orders the roles of decode attention, in the PTX of that Triton.
+# some minutes on two idle cores. And what orders the roles of the kernels, in the PTX of that Triton.
 CARDS := .cards
 $(CARDS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(CARDS)

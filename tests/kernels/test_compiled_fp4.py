@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.long
+@pytest.mark.services
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
 def test_a_word_of_codes_is_four_bytes_of_one_row(tmp_path):
     """Triton 3.6 moved the broadcast after the conversion, which then packed the bytes of four rows into one word."""
