@@ -4,10 +4,14 @@ Each speed is a linear law fitted online, so that a fixed cost (a call, a seek, 
 for a slow rate, and prefill's growth with its context is not mistaken for noise:
     prefill_s(n, context) = fixed + n / rate + n * (context + n / 2) * slope        load_s(bytes) = fixed + bytes / rate
 `antefix.linear_law` is the law.
+
+A law that has lately seen only short prefills cannot tell the fixed cost from the rate, and may then predict a long
+prefill to cost next to nothing. So no prediction is faster than the fastest that was measured, in tokens per second.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,14 +53,18 @@ class Rates:
         self._memory = memory
         self._prefill = self._compute_law()
         self._replay = self._compute_law()
+        # The most tokens per second of any observed prefill, and of any observed replay. 0: none was observed.
+        self._fastest_prefill = self._fastest_replay = 0.0
         self._load: dict[str, LinearLaw] = {}
 
     def observe_prefill(self, tokens: int, *, context: int, seconds: float) -> None:
         """Learn that prefilling `tokens` tokens after `context` tokens took `seconds`."""
+        self._fastest_prefill = max(self._fastest_prefill, _tokens_per_s(tokens, seconds))
         self._prefill.observe(_compute_features(tokens, context), seconds)
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
         """tokens: the tokens of work of a plan (`Plan.replay_work_tokens`), here and in `replay_s`."""
+        self._fastest_replay = max(self._fastest_replay, _tokens_per_s(tokens, seconds))
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
@@ -65,14 +73,15 @@ class Rates:
             self._own_law(tier).observe((1.0, float(nbytes)), seconds)
 
     def prefill_s(self, tokens: int, *, context: int) -> float:
-        return self._prefill.seconds(_compute_features(tokens, context)) if tokens else 0.0
+        return _predicted_s(self._prefill, tokens, context, self._fastest_prefill)
 
     def replay_s(self, tokens: int, *, context: int) -> float:
         """Until a replay has been observed, prefill's law is used: a replay of so much work does a part of prefill's
         work and never more.
         """
-        law = self._replay if self._replay.num_observations else self._prefill
-        return law.seconds(_compute_features(tokens, context)) if tokens else 0.0
+        if self._replay.num_observations:
+            return _predicted_s(self._replay, tokens, context, self._fastest_replay)
+        return self.prefill_s(tokens, context=context)
 
     def load_s(self, tier: str, nbytes: int) -> float:
         return self._load_law(tier).seconds((1.0, float(nbytes))) if nbytes else 0.0
@@ -99,6 +108,18 @@ class Rates:
             p = self._priors
             self._load[tier] = LinearLaw((p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory)
         return self._load[tier]
+
+
+def _predicted_s(law: LinearLaw, tokens: int, context: int, fastest: float) -> float:
+    """fastest: tokens per second; 0: not known."""
+    if not tokens:
+        return 0.0
+    return max(law.seconds(_compute_features(tokens, context)), tokens / fastest if fastest else 0.0)
+
+
+def _tokens_per_s(tokens: int, seconds: float) -> float:
+    """0 for a time that no clock can give, which the laws ignore too."""
+    return tokens / seconds if math.isfinite(seconds) and seconds >= SECONDS_MIN else 0.0
 
 
 def _compute_features(tokens: int, context: int) -> tuple[float, float, float]:

@@ -57,6 +57,19 @@ def test_a_machine_that_slows_down_is_believed_within_a_hundred_observations() -
     assert rates.prefill_s(1_000, context=0) == pytest.approx(0.4, rel=0.2)
 
 
+def test_after_short_prefills_that_waited_a_long_one_is_not_thought_to_be_free() -> None:
+    # A busy worker's turns: some 300 new tokens behind 4,000, and most of the time is waiting. The law then takes all
+    # of it for fixed cost, and a cold run of everything would look cheaper than a hit that loads a checkpoint.
+    draw, rates = random.Random(20261130), Rates()
+    for _ in range(3):
+        rates.observe_prefill(4288, context=0, seconds=0.9)
+    for _ in range(300):
+        tokens = draw.choice((64, 192, 256, 320, 448))
+        rates.observe_prefill(tokens, context=4096 + draw.randrange(800), seconds=draw.uniform(0.2, 0.6))
+    assert rates.prefill_s(4544, context=0) >= 0.9
+    assert rates.prefill_s(320, context=4224) + 0.1 < rates.prefill_s(4544, context=0)
+
+
 def test_tiers_are_kept_apart() -> None:
     rates = Rates()
     for _ in range(20):
