@@ -12,6 +12,7 @@ STORE = ("kvstore/antefix_kvstore", "antefix/store")
 
 
 @table("where_time_goes.json", *HIT)
+@table("where_time_goes_compiled.json", *HIT)
 def parts_of_a_hit(record: Any) -> Iterable[Row]:
     columns = [(row, way) for row in record["rows"] for way in ("memory", "disk")]
     yield "part, ms (lower is better)", *(f"{row['tokens'] // 1024}K {way}" for row, way in columns)
