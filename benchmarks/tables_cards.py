@@ -191,6 +191,14 @@ def verified_released_on_a_card(record: Any) -> Iterable[Row]:
         yield row["strategy"], row["plan"], f"{row['cases']}", *counts
 
 
+@table("verify_released_cpu.json", "antefix/model", "console/antefix_console/verify")
+def verified_released_on_a_cpu(record: Any) -> Iterable[Row]:
+    yield "strategy", "cases per release", "equal to the bit: Flash, base release", "failed (0 wanted)"
+    for row, other in zip(record["rows"], record["base_rows"], strict=True):
+        equal, failed = (f"{row[key]}, {other[key]}" for key in ("bit_identical", "failed"))
+        yield row["strategy"], f"{row['cases']}", equal, failed
+
+
 @table("decode_products.json", "kernels/antefix_kernels/linear.py")
 def products_of_few_rows(record: Any) -> Iterable[Row]:
     counts = (1, 32, 128)
