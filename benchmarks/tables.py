@@ -299,7 +299,7 @@ def time_to_first_token(record: Any) -> Iterable[Row]:
             f"{row['cold_ttft_s']:.2f}",
             f"{1000 * row['memory_hit_ttft_s']:.0f}",
             f"{1000 * row['disk_hit_ttft_s']:.0f}",
-            f"{row['disk_speedup']:.0f} to {row['memory_speedup']:.0f}",
+            " to ".join(f"{times:.0f}" for times in sorted((row["disk_speedup"], row["memory_speedup"]))),
             f"{1000 * row['floor_s']:.0f}",
             *((f"{1000 * row['floor_alone_s']:.0f}",) if has_alone else ()),
         )

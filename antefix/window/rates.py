@@ -6,7 +6,9 @@ for a slow rate, and prefill's growth with its context is not mistaken for noise
 `antefix.linear_law` is the law.
 
 A law that has lately seen only short prefills cannot tell the fixed cost from the rate, and may then predict a long
-prefill to cost next to nothing. So no prediction is faster than the fastest that was measured, in tokens per second.
+prefill to cost next to nothing. So no prediction is faster than the fastest that was measured, in tokens per second. A
+worker that has run only short prefills then expects too much of a long one, and rather takes a hit. Loads have no such
+bound.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class Penalties:
         self._output = _Counts()
         self._repeated = _Counts() if sampling.repetition_penalty != 1.0 else None
         if self._repeated is not None:
+            # Not np.unique, which loads numpy.ma at its first call, in the middle of a request.
             for token in sorted(set(np.asarray(prompt, np.int64).tolist())):
                 self._repeated.add(token)
         self._num_output = 0

@@ -21,7 +21,9 @@ class MappedPages:
         self._areas = list(_areas_of(path))
 
     def drop(self) -> bool:
-        """Only for maps to which nobody writes. Returns False if the file is not mapped, or if the kernel refuses."""
+        """Take the pages out of memory. Only for maps to which nobody writes. Returns False if the file is not mapped,
+        or if the kernel refuses.
+        """
         libc = ctypes.CDLL(None)
         sizes = [(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin)) for begin, end in self._areas]
         return bool(sizes) and all(libc.madvise(begin, nbytes, mmap.MADV_DONTNEED) == 0 for begin, nbytes in sizes)
