@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import Final, TypeVar
 
 import lmdb
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import Unavailable
 from antefix.record import MEMORY_KINDS, BlockFate, Held, LookupResult, RecordKind
 from antefix.store.file_reads import FileReads
@@ -18,6 +22,7 @@ from antefix.store_files.encryption import KeyRing
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.read_log import ReadEvidence
 from antefix.store_files.seal import Seals
+from antefix.store_files.segment_files import SWEEP_S
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 
 T = TypeVar("T")
@@ -50,8 +55,11 @@ class LocalStore(RemoteStore):
         self.reads = FileReads(f"the store in {self.directory}", self.breaker)
         self.uses: Final = UsesTold(self.touch)
         self._evidence: ReadEvidence | None = None
+        self._sweeping: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
+        if self._sweeping is not None:
+            await end_tasks([self._sweeping])
         await self.uses.close()
         await super().close()
         hangs = self.reads.hangs
@@ -122,6 +130,18 @@ class LocalStore(RemoteStore):
             return await self.reads.run(lambda: call(self._open_reader()), nbytes)
         except (lmdb.Error, OSError) as err:
             raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
+        finally:
+            if self._sweeping is None or self._sweeping.done():
+                self._sweeping = asyncio.get_running_loop().create_task(self._sweep(), context=Context())
+
+    async def _sweep(self) -> None:
+        """Close deleted segments even if nothing is read any more: an open file keeps its space on the disk."""
+        while (reader := self._reader) is not None and reader.runs.files.num_open:
+            files = reader.runs.files
+            del reader
+            await asyncio.sleep(SWEEP_S)
+            with contextlib.suppress(Unavailable, OSError):
+                await self.reads.run(files.sweep)
 
     def _open_reader(self) -> StoreReader:
         """The reader, opened when the store first exists, and again after the service rebuilt the index."""

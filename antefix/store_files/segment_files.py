@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from antefix.store_files.record_format import segment_name
 
 # Far below the usual limit of 1,024 descriptors per process.
 NUM_OPEN_MAX: Final = 256
-# How long the space of a deleted segment may stay taken by an idle reader.
+# How long the space of a deleted segment may stay taken by a reader.
 SWEEP_S: Final = 1.0
 # The most buffers that one preadv accepts.
 _IOV_MAX: Final = 1024
@@ -43,6 +44,12 @@ class SegmentFiles:
         self._lock = threading.Lock()
         self._files: OrderedDict[int, OpenFile] = OrderedDict()
         self._swept_s = time.monotonic()
+        # Close the descriptors with their last user, because other threads may still be reading.
+        weakref.finalize(self, _close_all, self._files).atexit = False
+
+    @property
+    def num_open(self) -> int:
+        return len(self._files)
 
     @contextlib.contextmanager
     def use(self, segment: int) -> Iterator[int]:
@@ -97,6 +104,11 @@ class SegmentFiles:
         file.doomed = True
         if file.num_users == 0:
             os.close(file.fd)
+
+
+def _close_all(files: OrderedDict[int, OpenFile]) -> None:
+    for file in files.values():
+        os.close(file.fd)
 
 
 def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
