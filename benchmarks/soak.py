@@ -43,6 +43,7 @@ from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load
 from benchmarks.run_record import about
+from benchmarks.soak_files import num_segments
 from benchmarks.soak_samples import Samples, disk_mb, num_threads
 from tests.kvstore.small_store import BLOCK, Prompt
 
@@ -233,9 +234,10 @@ class Soak:
             at_s = time.monotonic() - self.started
             for role, process in self.steady.items():
                 if process.alive:
-                    self.samples_of(role).add_process(at_s, process.process.pid)
+                    self.samples_of(role).add_process(at_s, process.process.pid, self.directories["store"])
             for name, directory in self.directories.items():
-                self.samples_of(f"files of {name}").add(at_s, disk_mb=disk_mb(directory))
+                counted = {"segment files": float(num_segments(directory))} if name == "store" else {}
+                self.samples_of(f"files of {name}").add(at_s, disk_mb=disk_mb(directory), **counted)
             await asyncio.sleep(SAMPLE_S)
 
     def samples_of(self, name: str) -> Samples:

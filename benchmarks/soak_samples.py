@@ -1,14 +1,14 @@
 """Samples what processes and directories use during a soak, and fits a line to see if it grows.
 
 The line is fitted to the samples after a warm-up, in which pools of threads, caches and a store's budget fill up. A
-series is flat if the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one thread),
-or by no more than the scatter of the samples explains (three standard errors).
+series is flat if the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one thread).
+Memory and disk may also rise by no more than the scatter of the samples explains (three standard errors). Descriptors
+have a rule per kind (benchmarks/soak_files.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.soak_files import DELETED_OPEN_S_MAX, DELETED_SEGMENTS, SEGMENTS, OpenFiles, num_segments, targets_of
+
 # The allowed growth is the larger of two: a share of the median, and a fixed number.
 _ALLOWED_SHARE = {"memory_mb": 0.02, "disk_mb": 0.02}
 # One more thread makes the line rise by 1.5 if it appears in the middle of the fitted part, and by less otherwise.
-_ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.5, "threads": 1.5}
+_ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1}
+_ALLOWED_COUNT = 1.5
 _ERRORS_MAX = 3.0
 
 
@@ -28,7 +31,8 @@ _ERRORS_MAX = 3.0
 class Growth:
     """Growth of one kind of sample, in its unit.
 
-    half: the first sample after the warm-up.  rise: the line's rise after the warm-up.  error: its standard error.
+    half: the first sample after the warm-up.  rise: the line's rise after the warm-up.  allowed: the largest rise that
+    counts as flat.
     """
 
     first: float
@@ -36,23 +40,27 @@ class Growth:
     last: float
     per_h: float
     rise: float
-    error: float
     allowed: float
 
     @property
     def is_flat(self) -> bool:
-        return self.rise <= max(self.allowed, _ERRORS_MAX * self.error)
+        return self.rise <= self.allowed
 
 
-def allowed_rise(kind: str, middle: float) -> float:
-    """The rise that is allowed after the warm-up, for samples whose median there is `middle`."""
-    return max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * middle)
+def allowed_rise(kind: str, middle: float, error: float = 0.0) -> float:
+    """The rise that is allowed after the warm-up, for samples whose median there is `middle`.
+
+    error: the rise's standard error. It excuses no count, because a count that leaks may have much scatter.
+    """
+    if kind not in _ALLOWED:
+        return _ALLOWED_COUNT
+    return max(_ALLOWED[kind], _ALLOWED_SHARE[kind] * middle, _ERRORS_MAX * error)
 
 
 def growth(kind: str, times_s: Sequence[float], values: Sequence[float], warm_up_s: float | None = None) -> Growth:
     """Fit a line to the samples after the warm-up.
 
-    kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0; times rise.
+    kind: "memory_mb", "disk_mb", or what was counted.  times_s, values: [N], N > 0; times rise.
     warm_up_s: seconds after the first sample; None: half of the time sampled.
     """
     times, found = np.array(times_s, float), np.array(values, float)
@@ -70,8 +78,7 @@ def growth(kind: str, times_s: Sequence[float], values: Sequence[float], warm_up
         last=float(found[-1]),
         per_h=3600 * slope,
         rise=slope * span,
-        error=error * span,
-        allowed=allowed_rise(kind, float(np.median(y))),
+        allowed=allowed_rise(kind, float(np.median(y)), error * span),
     )
 
 
@@ -85,44 +92,67 @@ class Samples:
     # The number of threads per name, in the first sample and in the last. gRPC and Python's pools name their threads.
     threads_first: Counter[str] = field(default_factory=Counter)
     threads_last: Counter[str] = field(default_factory=Counter)
-    # The same for descriptors, per kind of what is open; the first sample is the first one after the warm-up.
-    files_first: Counter[str] = field(default_factory=Counter)
-    files_last: Counter[str] = field(default_factory=Counter)
+    files: OpenFiles = field(default_factory=OpenFiles)
 
     def add(self, at_s: float, **values: float) -> None:
         self.times_s.append(at_s)
         for kind, value in values.items():
             self.values.setdefault(kind, []).append(value)
 
-    def add_process(self, at_s: float, pid: int) -> None:
-        """Take a sample of a process; if the process has ended, nothing is recorded."""
+    def add_process(self, at_s: float, pid: int, store_dir: Path) -> None:
+        """Take a sample of a process; if the process has ended, nothing is recorded.  store_dir: of its segments."""
         with contextlib.suppress(OSError):
-            self.add(at_s, memory_mb=resident_mb(pid), files=open_files(pid), threads=num_threads(pid))
+            before = num_segments(store_dir)
+            targets = targets_of(pid)
+            # A segment may be new or be deleted meanwhile.
+            bound = max(before, num_segments(store_dir))
+            self.add(at_s, memory_mb=resident_mb(pid), threads=num_threads(pid))
+            self.files.add(at_s, targets, bound)
             self.threads_last = thread_names(pid)
             self.threads_first = self.threads_first or self.threads_last
-            self.files_last = file_kinds(pid)
-            if not self.files_first and at_s >= (self.warm_up_s or 0.0):
-                self.files_first = self.files_last
 
     @property
     def is_flat(self) -> bool:
-        return all(growth(kind, self.times_s, values, self.warm_up_s).is_flat for kind, values in self.values.items())
+        return all(found.is_flat for found in self._grown().values()) and self.files.are_bounded
+
+    def _series(self) -> dict[str, list[float]]:
+        counted = self.files.series() if self.files.kinds else {}
+        return {**self.values, **{name: [float(each) for each in found] for name, found in counted.items()}}
+
+    def _grown(self) -> dict[str, Growth]:
+        """The growth of each series that has no bound of its own."""
+        return {
+            kind: growth(kind, self.times_s, values, self.warm_up_s)
+            for kind, values in self._series().items()
+            if kind not in (SEGMENTS, DELETED_SEGMENTS)
+        }
 
     def figures(self) -> dict[str, Any]:
-        told = {}
-        for kind, values in self.values.items():
-            found = growth(kind, self.times_s, values, self.warm_up_s)
+        told: dict[str, Any] = {}
+        series = self._series()
+        for kind, found in self._grown().items():
             told[kind] = {
                 **{name: round(getattr(found, name), 2) for name in ("first", "half", "last", "per_h", "rise")},
-                "allowed": round(max(found.allowed, _ERRORS_MAX * found.error), 2),
+                "allowed": round(found.allowed, 2),
                 "flat": found.is_flat,
-                "samples": [round(value, 1) for value in _every_minute(self.times_s, values)],
+                "samples": [round(value, 1) for value in _every_minute(self.times_s, series[kind])],
                 "minutes": [round(at_s / 60, 1) for at_s in _every_minute(self.times_s, self.times_s)],
+            }
+        if self.files.kinds:
+            told["bounded_files"] = {
+                "segments_max": self.files.num_segments_max,
+                "segments_of_store_max": self.files.num_bound,
+                "deleted_segment_open_s": round(self.files.deleted_open_s, 1),
+                "deleted_segment_open_s_max": DELETED_OPEN_S_MAX,
+                "bounded": self.files.are_bounded,
+                **{
+                    name: [int(value) for value in _every_minute(self.times_s, series[name])]
+                    for name in (SEGMENTS, DELETED_SEGMENTS)
+                    if name in series
+                },
             }
         if more := self.threads_last - self.threads_first:
             told["more_threads"] = dict(more)
-        if more := self.files_last - self.files_first:
-            told["more_files"] = dict(more)
         return told
 
 
@@ -140,10 +170,6 @@ def resident_mb(pid: int) -> float:
     return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-def open_files(pid: int) -> int:
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
 def num_threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
@@ -155,16 +181,6 @@ def thread_names(pid: int) -> Counter[str]:
         with contextlib.suppress(OSError):
             names[(path / "comm").read_text().strip().rstrip("0123456789_-")] += 1
     return names
-
-
-def file_kinds(pid: int) -> Counter[str]:
-    """The number of descriptors per kind: a file's name without digits, or "socket", "pipe" and the like."""
-    kinds: Counter[str] = Counter()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = str(path.readlink())
-            kinds[re.sub(r"[0-9a-f]*[0-9]+[0-9a-f]*", "N", target.rpartition("/")[2])] += 1
-    return kinds
 
 
 def disk_mb(directory: Path) -> float:

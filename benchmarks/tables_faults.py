@@ -94,17 +94,31 @@ def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
     yield "", "at first", since, "at the end", f"rise {part} (0 is wanted)", "allowed", "flat"
     for role, kinds in record["growth"].items():
         for kind, found in kinds.items():
-            if kind in ("more_threads", "more_files"):
+            if "rise" not in found or (kind not in _SERIES and found["flat"]):
                 continue
-            said = kind.replace("memory_mb", "memory, MB").replace("disk_mb", "MB").replace("files", "descriptors")
+            said = _SERIES.get(kind, kind)
             allowed = max(found["allowed"], allowed_rise(kind, found["half"]))
             figures = (f"{found[key] or 0:.3g}" for key in ("first", "half", "last", "rise"))
             is_flat = found["flat"] or found["rise"] <= allowed
             # A hard budget proves a bound, whereas a slope only suggests one.
-            is_below = role == "files of store" and found["last"] <= record.get("store_mb_max", _STORE_MB)
+            is_below = (role, kind) == ("files of store", "disk_mb") and found["last"] <= record.get(
+                "store_mb_max", _STORE_MB
+            )
             yield f"{role}: {said}", *figures, f"{allowed:.3g}", "yes" if is_flat else _BELOW if is_below else "no"
+        if bounded := kinds.get("bounded_files"):
+            opened = [str(bounded["segments"][at]) for at in (0, 10, -1)] if "segments" in bounded else ["0"] * 3
+            most, of_store = bounded["segments_max"], bounded["segments_of_store_max"]
+            said = f"never above its bound: {most} at most" if most <= of_store else "no"
+            yield f"{role}: open segments", *opened, "", str(of_store), said
 
 
+_SERIES = {
+    "memory_mb": "memory, MB",
+    "files": "descriptors",
+    "threads": "threads",
+    "disk_mb": "MB",
+    "segment files": "segments",
+}
 # Older records do not name the budget; their soaks were started with --store-bytes 6M.
 _STORE_MB = 6 * 1.048576
 _BELOW = "no, below its budget"

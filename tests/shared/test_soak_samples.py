@@ -57,9 +57,10 @@ def test_what_grows_makes_its_samples_not_flat_and_says_which():
 
 def test_a_process_and_a_directory_are_measured(tmp_path):
     samples = Samples()
-    samples.add_process(0.0, os.getpid())
-    samples.add_process(1.0, 2**22 + 1)  # no process has this id
-    assert len(samples.times_s) == 1
+    samples.add_process(0.0, os.getpid(), tmp_path)
+    samples.add_process(1.0, 2**22 + 1, tmp_path)  # no process has this id
+    assert len(samples.times_s) == len(samples.files.kinds) == 1
+    assert samples.figures()["files"]["first"] > 0
     assert all(values[0] > 0 for values in samples.values.values())
     assert sum(samples.threads_last.values()) == samples.values["threads"][0]
     assert "more_threads" not in samples.figures()
