@@ -1,16 +1,23 @@
-"""Records how a file of figures was made: commit, date, machine, load, command, versions."""
+"""Records how a file of figures was made: commit, date, machine, load, command, versions, and the code that ran."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a file contains that can start a process. The code that other processes load is not known here.
+_STARTS = re.compile(
+    r"^ *(?:import|from) (?:subprocess|multiprocessing)\b|create_subprocess_|os\.fork|ProcessPool", re.MULTILINE
+)
 
 
 def about(*packages: str) -> dict[str, Any]:
@@ -19,6 +26,9 @@ def about(*packages: str) -> dict[str, Any]:
 
     packages: the packages whose versions affect the figures. On a machine that has a copy of the files but no
     repository, the environment variable COMMIT names the commit.
+
+    Returns:  a dictionary for the record. `code` is the files that the run loaded, so that `--stale` of
+    docs/generate_results.py need not look at others. It is missing if the run may have started processes.
     """
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() or os.environ.get(
@@ -31,7 +41,27 @@ def about(*packages: str) -> dict[str, Any]:
         "machine": f"{_cards()}{platform.machine()}, {os.cpu_count()} cores, load {load} (1, 5 and 15 minutes)",
         "command": " ".join(["python", *_relative(sys.argv)]),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        **({"code": code} if (code := loaded_code()) else {}),
     }
+
+
+def loaded_code() -> list[str]:
+    """The repository's files that this process has loaded, without the benchmarks themselves. Empty if one of them can
+    start a process, because the files that such a process loads are not known here.
+    """
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    paths = {Path(file).resolve() for file in files if file and file.endswith(".py")}
+    ours = sorted(path.relative_to(ROOT) for path in paths if path.is_relative_to(ROOT) and path.exists())
+    ours = [path for path in ours if not path.parts[0].startswith(".")]  # environments and their packages
+    if any(_STARTS.search((ROOT / path).read_text()) for path in ours if path != Path("benchmarks/run_record.py")):
+        return []
+    named = (_source(path.as_posix()) for path in ours if path.parts[0] != "benchmarks")
+    return list(dict.fromkeys(named))
+
+
+def _source(name: str) -> str:
+    """The file in Git that a loaded file was generated from, or the file itself."""
+    return re.sub(r"^(antefix/v1/\w+?)_pb2(?:_grpc)?\.pyi?$", r"proto/\1.proto", name)
 
 
 def _cards() -> str:
@@ -49,5 +79,4 @@ def write(file: Path, record: dict[str, Any], *packages: str) -> None:
 
 
 def _relative(argv: list[str]) -> list[str]:
-    root = f"{Path(__file__).resolve().parents[1]}/"
-    return [arg.removeprefix(root) for arg in argv]
+    return [arg.removeprefix(f"{ROOT}/") for arg in argv]

@@ -30,6 +30,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "break_even_services.json": ("router", "prefill", "decode", "kvstore", "simulate/antefix_simulate"),
     "grants.json": ("antefix/security",),
     "index_readers.json": ("antefix/store_files",),
+    "threads_bound.json": ("antefix/model",),
     "ranks_on_cards_services.json": ("antefix/model", "prefill/antefix_prefill/worker"),
 }
 # Records of code that has been replaced. Documents show them next to the present figures, or as what was tried.

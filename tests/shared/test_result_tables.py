@@ -7,11 +7,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import record_age, run_record, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,12 +100,58 @@ def test_figures_older_than_their_code_are_listed(results, one_record, record, n
         return {"abcdef0123:code/a.py": BEFORE, "HEAD:code/a.py": now}[arguments[1]]
 
     one_record(cold=1.0, **record)
-    assert [text for _, text in results.stale(git)] == told
+    assert [text for _, text in record_age.stale(results.RESULTS, git)] == told
+
+
+def test_a_record_that_names_its_code_is_aged_by_that_code_and_by_data_only(results, one_record):
+    """The run loaded c.py, which no table names. It did not load a.py, and it may have read d.json."""
+    one_record(cold=1.0, commit="abcdef0123", code=["other/c.py"])
+
+    def git(*arguments):
+        if arguments[0] == "diff":
+            return {"code/": "code/a.py\ncode/d.json\ncode/e.md\n", "other/c.py": "other/c.py\n"}[arguments[-1]]
+        return f"a = {len(arguments[1].partition(':')[0])}"
+
+    told = "since abcdef01 changed: code/d.json, other/c.py (module)"
+    assert list(record_age.stale(results.RESULTS, git)) == [("a.json", told)]
+
+
+def test_all_tables_of_a_record_say_what_it_measures(results, one_record, monkeypatch):
+    one_record(cold=1.0, commit="abcdef0123")
+    first = tables.TABLES["a.json", "speeds"]
+    monkeypatch.setitem(tables.TABLES, ("a.json", "others"), tables.Table(first.rows, ("more/",)))
+    asked = []
+    list(record_age.stale(results.RESULTS, lambda *arguments: asked.append(arguments) or ""))
+    assert [arguments[-2:] for arguments in asked] == [("code/", "more/")]
+
+
+def test_a_run_names_the_files_that_it_loaded_unless_it_may_start_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_record, "ROOT", tmp_path)
+    modules: dict[str, ModuleType] = {}
+    monkeypatch.setattr(run_record, "sys", SimpleNamespace(modules=modules))
+    texts = {
+        "antefix/block.py": "import os",
+        "antefix/v1/usage_pb2.py": "",
+        "benchmarks/speed.py": "",
+        ".venv/lib/torch.py": "import subprocess",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        module = ModuleType(name)
+        module.__file__ = str(tmp_path / name)
+        modules[name] = module
+    assert run_record.loaded_code() == ["antefix/block.py", "proto/antefix/v1/usage.proto"]
+    (tmp_path / "benchmarks/speed.py").write_text("    import subprocess\n")
+    assert run_record.loaded_code() == []
 
 
 def test_a_file_that_only_draws_makes_no_record_old(results, one_record):
     one_record(cold=1.0, commit="abcdef0123")
-    assert list(results.stale(lambda *arguments: "code/plot.py\n" if arguments[0] == "diff" else "")) == []
+    assert (
+        list(record_age.stale(results.RESULTS, lambda *arguments: "code/plot.py\n" if arguments[0] == "diff" else ""))
+        == []
+    )
 
 
 def test_records_without_a_table_say_what_they_measure():
@@ -115,7 +161,7 @@ def test_records_without_a_table_say_what_they_measure():
 def test_a_record_of_earlier_code_is_not_listed_and_says_so(results, one_record, monkeypatch):
     one_record(cold=1.0, commit="abcdef0123")
     monkeypatch.setattr(tables, "HISTORY", frozenset({"a.json"}))
-    assert list(results.stale(lambda *arguments: "")) == []
+    assert list(record_age.stale(results.RESULTS, lambda *arguments: "")) == []
     after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
     assert "of earlier code, kept for comparison.*" in after
 
@@ -124,7 +170,7 @@ def test_a_repeated_part_confirms_a_record(results, one_record):
     repeated = {"commit": "fedcba9876", "date": "2026-11-30T10:00:00", "part": "one scene"}
     one_record(cold=1.0, commit="abcdef0123", repeated=repeated)
     asked = []
-    assert list(results.stale(lambda *arguments: asked.append(arguments) or "")) == []
+    assert list(record_age.stale(results.RESULTS, lambda *arguments: asked.append(arguments) or "")) == []
     assert [arguments[2] for arguments in asked] == ["fedcba9876"]
     after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
     assert "one scene run again at fedcba98, 2026-11-30: the same figures" in after
