@@ -18,7 +18,8 @@ from tests.redis_servers import RedisServer
 
 Fault = Callable[[LinkedDeployment, random.Random], contextlib.AbstractAsyncContextManager[None]]
 
-# Duration of a lasting fault. It is longer than a hang may delay a request, so that requests meet the fault.
+# How long a lasting fault lasts after the first answer: longer than a hang may delay a request, so that more requests
+# meet the fault.
 LASTS_S = 6.0
 
 
@@ -47,7 +48,7 @@ def stop(role: str) -> Fault:
         process.send_signal(signal.SIGSTOP)
         try:
             yield
-            await asyncio.sleep(LASTS_S)
+            await asyncio.sleep(deployment.lasts_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGCONT)
@@ -72,7 +73,7 @@ def slow(role: str) -> Fault:
         throttling = asyncio.create_task(throttle())
         try:
             yield
-            await asyncio.sleep(LASTS_S)
+            await asyncio.sleep(deployment.lasts_s)
         finally:
             throttling.cancel()
             await asyncio.gather(throttling, return_exceptions=True)
@@ -93,7 +94,7 @@ def link(role: str, what: str) -> Fault:
             found.reset()
         try:
             yield
-            await asyncio.sleep(LASTS_S if what != "reset" else 0)
+            await asyncio.sleep(deployment.lasts_s if what != "reset" else 0)
         finally:
             found.is_cut, found.delay_s = False, 0.0
 
@@ -137,7 +138,7 @@ async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> A
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (in_use + 3, before[1]))
     try:
         yield
-        await asyncio.sleep(LASTS_S)
+        await asyncio.sleep(deployment.lasts_s)
     finally:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
@@ -155,7 +156,7 @@ async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIt
             file.flush()
     try:
         yield
-        await asyncio.sleep(LASTS_S)
+        await asyncio.sleep(deployment.lasts_s)
     finally:
         path.unlink()
 
@@ -172,7 +173,7 @@ def read_only(part: str) -> Fault:
             await asyncio.to_thread(subprocess.run, ["mount", *arguments], check=True)
         try:
             yield
-            await asyncio.sleep(LASTS_S)
+            await asyncio.sleep(deployment.lasts_s)
         finally:
             await asyncio.to_thread(subprocess.run, ["umount", "-l", path], check=True)
 
@@ -188,7 +189,7 @@ def clock(shift: str) -> Fault:
         path.write_text(shift)
         try:
             yield
-            await asyncio.sleep(LASTS_S)
+            await asyncio.sleep(deployment.lasts_s)
         finally:
             path.write_text("+0")
 
@@ -208,7 +209,7 @@ async def redis_stopped(deployment: LinkedDeployment, rng: random.Random) -> Asy
     process.send_signal(signal.SIGSTOP)
     try:
         yield
-        await asyncio.sleep(LASTS_S)
+        await asyncio.sleep(deployment.lasts_s)
     finally:
         process.send_signal(signal.SIGCONT)
 
@@ -220,7 +221,7 @@ async def redis_killed(deployment: LinkedDeployment, rng: random.Random) -> Asyn
     redis.kill()
     try:
         yield
-        await asyncio.sleep(LASTS_S)
+        await asyncio.sleep(deployment.lasts_s)
     finally:
         await asyncio.to_thread(redis.start)
 

@@ -74,9 +74,12 @@ class LinkedDeployment(Deployment):
     elsewhere.
     """
 
-    def __init__(self, config: DeploymentConfig, redis: RedisServer | None = None) -> None:
-        """redis: the server that the services use, which faults can stop and wipe."""
+    def __init__(self, config: DeploymentConfig, redis: RedisServer | None = None, *, lasts_s: float) -> None:
+        """redis: the server that the services use, which faults can stop and wipe.  lasts_s: how long a lasting fault
+        lasts after the first answer.
+        """
         super().__init__(config)
+        self.lasts_s = lasts_s
         self.redis = redis
         self.links: dict[str, Link] = {}
         self._numbers_of = itertools.count()

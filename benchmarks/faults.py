@@ -5,6 +5,7 @@
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under as much load as two cores can take
     python -m benchmarks.faults --redis --trace                  # Redis has checkpoints and the bill; agents' prompts
+    python -m benchmarks.faults --quick --rounds 5 --minutes 8 --clients 1 --json FILE     # recovery times, by fault
 
 The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
 conversations that continue and repeat earlier prompts, or the conversations of an agents' trace. Faults happen one
@@ -13,6 +14,10 @@ store and without faults. A request without an answer must get a clear error. A 
 fault's beginning until a request that was sent after the beginning is answered. This recovery time should be compared
 with the time of an undisturbed request. At the end the ledger must have one record for each request, in which hit
 tokens plus miss tokens equal the prompt.
+
+Before each fault all roles run, and the router may send requests to all workers, so that no fault meets what the fault
+before it left. After each round the answers so far are compared, and --json gets the report so far, so that a run that
+is ended keeps its rounds.
 """
 
 from __future__ import annotations
@@ -21,17 +26,13 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ from antefix.errors import AntefixError, InternalError
 from antefix.layout import KVFormat
 from antefix.sampling import Sampling
 from antefix.window_pool import DISK
-from antefix_billing.ledger_files import read_settled
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import DeploymentConfig
 from antefix_console.supervise import Supervisor
-from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, REDIS_FAULTS, Fault, clock_file
+from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, LASTS_S, MORE_FAULTS, REDIS_FAULTS, Fault, clock_file
 from benchmarks.fault_links import LinkedDeployment
+from benchmarks.fault_reports import Tally, added, bill, earlier, summed_up
 from benchmarks.run_record import write
 from benchmarks.soak import PROMPT_TOKENS_MAX, playable
 from tests.redis_servers import RedisServer
@@ -60,24 +61,12 @@ Tokens = npt.NDArray[np.uint32]
 # This limit is longer than the longest wait that the design allows.
 STUCK_S = 60.0
 RECOVERY_S_MAX = 120.0
-SETTLE_S = 1.0
+WHOLE_S_MAX = 90.0
+SETTLE_S, QUICK_SETTLE_S = 1.0, 0.2
+# With --quick, a lasting fault ends soon after the first answer.
+QUICK_LASTS_S = 0.3
 # Longest prompt that is taken from a trace, so that two cores answer it within a second.
 TRACE_TOKENS_MAX = 900
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of requests by outcome. unclear: errors that show a bug in Antefix."""
-
-    num_checked: int = 0
-    num_wrong: int = 0
-    num_stuck: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    num_unclear: int = 0
-    wrong: list[dict[str, Any]] = field(default_factory=list)
-    recovery_s: dict[str, list[float]] = field(default_factory=dict)
-    undisturbed_s: list[float] = field(default_factory=list)
-    not_recovered: list[str] = field(default_factory=list)
 
 
 class Campaign:
@@ -89,11 +78,18 @@ class Campaign:
         deployment: LinkedDeployment,
         faults: dict[str, Fault],
         prompts: Iterator[Tokens],
+        save: Callable[[], None],
     ) -> None:
-        self.args, self.deployment, self.faults = args, deployment, faults
+        """save: called after each round."""
+        self.args, self.deployment, self.faults, self.save = args, deployment, faults, save
         self.tally = Tally()
         self.rng = random.Random(args.seed)
         self.reference = Reference(MODEL, KVFormat.FP8)
+        self._num_roles = len(deployment.processes)
+        self._known: dict[bytes, list[int]] = {}
+        # Cleared while answers are checked, because that would take processor time from the deployment.
+        self._may_ask = asyncio.Event()
+        self._may_ask.set()
         self._answers: list[tuple[Tokens, list[int]]] = []
         # While the bill's Redis is away, routers refuse ids that they do not know, which is no failure to recover.
         self._ids = iter("" if args.redis else f"fault-{args.seed}-{number}" for number in range(1 << 30))
@@ -108,15 +104,50 @@ class Campaign:
                 if (answered_at := await self._ask(next(self.prompts))) is not None:
                     self.tally.undisturbed_s.append(answered_at - begun)
             ends = time.monotonic() + 60 * self.args.minutes
-            for _ in range(self.args.rounds):
-                for name in self.rng.sample(sorted(self.faults), len(self.faults)):
-                    if time.monotonic() > ends:
-                        return
-                    await self._fault(name)
+            for number in range(self.args.rounds):
+                print(f"round {number + 1} of {self.args.rounds}", file=sys.stderr, flush=True)
+                await self._round(ends)
+                if time.monotonic() > ends:
+                    break
         finally:
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
+
+    async def _round(self, ends: float) -> None:
+        """Each fault once, then the comparison of the answers, and the report so far."""
+        begun = time.monotonic()
+        for number, name in enumerate(self.rng.sample(sorted(self.faults), len(self.faults)), start=1):
+            if time.monotonic() > ends:
+                break
+            await self._whole()
+            await self._fault(name)
+            left_s = (time.monotonic() - begun) / number * (len(self.faults) - number)
+            print(f"  {number} of {len(self.faults)}; {left_s:.0f} s left", file=sys.stderr, flush=True)
+        self._may_ask.clear()
+        await asyncio.to_thread(self.check)
+        self.save()
+        self._may_ask.set()
+
+    async def _whole(self) -> None:
+        """Wait until all roles run and the router may send requests to all workers, at most WHOLE_S_MAX."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WHOLE_S_MAX):
+                while not await self._is_whole():  # noqa: ASYNC110 - other processes' state
+                    await asyncio.sleep(0.1)
+        await asyncio.sleep(QUICK_SETTLE_S if self.args.quick else SETTLE_S)
+
+    async def _is_whole(self) -> bool:
+        serving = [process for process in self.deployment.processes if process.serves]
+        if len(serving) < self._num_roles:
+            return False
+        try:
+            async with RouterClient(self.deployment.one("router").address) as client:
+                status = await client.status()
+        except (AntefixError, StopIteration):
+            return False
+        num_workers = sum(process.role in ("prefill", "decode") for process in serving)
+        return sum(worker.serving for worker in status.workers) >= num_workers
 
     async def _fault(self, name: str) -> None:
         begun = time.monotonic()
@@ -129,10 +160,10 @@ class Campaign:
             else:
                 self.tally.recovery_s.setdefault(name, []).append(answered_at - begun)
         print(f"{name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
-        await asyncio.sleep(SETTLE_S)
 
     async def _play(self) -> None:
         while True:
+            await self._may_ask.wait()
             await self._ask(next(self.prompts))
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
@@ -158,33 +189,37 @@ class Campaign:
         return time.monotonic()
 
     def check(self) -> None:
-        """Compare all answers with runs of the bare model. This comes last, because the runs would take processor time
-        from the deployment, and clients would wait for them.
-        """
-        known: dict[bytes, list[int]] = {}
-        for prompt, output in self._answers:
+        """Compare the answers since the last call with runs of the bare model."""
+        answers, self._answers = self._answers, []
+        for prompt, output in answers:
             key = prompt.tobytes()
-            if key not in known:
-                known[key] = self.reference.generate(prompt, self.args.max_tokens)
+            if key not in self._known:
+                self._known[key] = self.reference.generate(prompt, self.args.max_tokens)
             self.tally.num_checked += 1
-            if output != known[key]:
+            if output != self._known[key]:
                 self.tally.num_wrong += 1
-                self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": known[key]})
+                self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": self._known[key]})
 
 
-def conversations(rng: random.Random) -> Iterator[Tokens]:
-    """Prompts that share prefixes, continue, and repeat: parts of a text after one of a few system prompts."""
+def conversations(rng: random.Random, *, num_max: int = 900) -> Iterator[Tokens]:
+    """Prompts that share prefixes, continue, and repeat: parts of a text after one of a few system prompts.
+
+    num_max: tokens from which a prompt is not continued; a new one has at most 5/8 of them.
+    """
+    system_tokens, own_max = num_max * 26 // 90, num_max // 3
     text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
     asked: list[Tokens] = []
     while True:
         if asked and rng.random() < 0.4:
             prompt = rng.choice(asked)
-            if rng.random() < 0.7 and len(prompt) < 900:
+            if rng.random() < 0.7 and len(prompt) < num_max:
                 start = rng.randrange(len(text) - 200)
-                prompt = np.concatenate((prompt, text[start : start + rng.randrange(20, 150)]))
+                prompt = np.concatenate((prompt, text[start : start + rng.randrange(20, own_max // 2)]))
         else:
             system, start = rng.randrange(4) * 500, rng.randrange(len(text) - 400)
-            prompt = np.concatenate((text[system : system + 260], text[start : start + rng.randrange(20, 300)]))
+            prompt = np.concatenate(
+                (text[system : system + system_tokens], text[start : start + rng.randrange(20, own_max)])
+            )
         asked = [*asked[-30:], prompt]
         yield prompt
 
@@ -193,19 +228,6 @@ def from_trace(path: Path, rng: random.Random) -> Iterator[Tokens]:
     """The conversations of an agents' trace, one after the other."""
     for prompts in playable(path, rng, PROMPT_TOKENS_MAX):
         yield from (prompt for prompt in prompts if len(prompt) <= TRACE_TOKENS_MAX)
-
-
-def bill(ledger_dir: Path) -> dict[str, int]:
-    """Errors in the ledger: requests that have two records, or whose counts do not add up."""
-    records = [settled.record for settled in read_settled(ledger_dir)]
-    charged = Counter(record.request_id for record in records if record.is_final)
-    return {
-        "records": len(records),
-        "double_billed": sum(number > 1 for number in charged.values()),
-        "not_adding_up": sum(
-            record.cache_hit_tokens + record.cache_miss_tokens not in (0, record.prompt_tokens) for record in records
-        ),
-    }
 
 
 def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[str, Any]:
@@ -231,73 +253,16 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
     }
 
 
-def joined(before: Any, now: Any) -> Any:
-    """The sum of two reports, field by field: numbers are added, lists are put together."""
-    if isinstance(now, dict):
-        return {
-            name: joined(before[name], now[name]) if name in before and name in now else (before | now)[name]
-            for name in before | now
-        }
-    return before + now
-
-
-def summed_up(found: dict[str, Any]) -> dict[str, Any]:
-    """A report with its percentiles."""
-    every = [seconds for times in found["recovery_s"].values() for seconds in times]
-    return {
-        **found,
-        "answers_per_s": round(found["answers_checked"] / max(60 * found["minutes"], 1e-9), 2),
-        "undisturbed_p50_s": round(statistics.median(found["undisturbed_s"]), 2) if found["undisturbed_s"] else None,
-        "undisturbed_max_s": max(found["undisturbed_s"], default=None),
-        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
-        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
-        "by_fault": {
-            name: {
-                "times": len(times),
-                "recovery_p50_s": round(statistics.median(times), 2),
-                "recovery_p99_s": round(float(np.quantile(times, 0.99)), 2),
-                "recovery_max_s": max(times),
-            }
-            for name, times in sorted(found["recovery_s"].items())
-        },
-    }
-
-
-def earlier(file: Path | None, num_clients: int) -> dict[str, Any] | None:
-    """The runs that the file has already.
-
-    Raises:  SystemExit: these runs had another number of clients, so their times cannot be compared.
-    """
-    if file is None or not file.exists():
-        return None
-    before: dict[str, Any] = json.loads(file.read_text())
-    if "recovery_s" not in before:
-        raise SystemExit(f"{file} is of an older version, which kept no single times: write to another file")
-    if before["clients"] != num_clients:
-        raise SystemExit(f"{file} has runs with {before['clients']} clients, not {num_clients}")
-    return before
-
-
-def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The report together with those of earlier runs, which are listed under "runs"."""
-    about_it = {name: before[name] for name in ("commit", "date", "machine", "command", "seed", "minutes")}
-    once = {name: found[name] for name in ("seed", "clients")}
-    sums = joined(
-        {name: before[name] for name in found if name not in once},
-        {name: found[name] for name in found if name not in once},
-    )
-    return {**once, **sums, "minutes": round(sums["minutes"], 1), "runs": [*before.get("runs", []), about_it]}
-
-
-async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+async def campaign(args: argparse.Namespace, scratch: Path, keep: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """keep: takes the report so far, after each round."""
     known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
     known |= REDIS_FAULTS if args.redis else {}
     redis = RedisServer(scratch) if args.redis else None
     rng = random.Random(args.seed + 1)
-    prompts = from_trace(args.trace, rng) if args.trace else conversations(rng)
+    prompts = from_trace(args.trace, rng) if args.trace else conversations(rng, num_max=300 if args.quick else 900)
     # Reading the trace takes seconds, in which the proxies of this process would pass nothing on.
     prompts = itertools.chain([next(prompts)], prompts)
-    faults = {name: fault for name, fault in known.items() if args.only in name}
+    faults = {name: fault for name, fault in known.items() if any(text in name for text in args.only)}
     pool = ("--pool-bytes", "64M")
     flags: dict[str, tuple[str, ...]] = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
     config = DeploymentConfig(
@@ -318,13 +283,18 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
-    deployment = LinkedDeployment(config, redis)
+    deployment = LinkedDeployment(config, redis, lasts_s=QUICK_LASTS_S if args.quick else LASTS_S)
     supervisor = Supervisor(deployment, lambda text: print(text, file=sys.stderr, flush=True))
     try:
         if redis is not None:
             await asyncio.to_thread(redis.start)
         await deployment.start()
-        run, begun = Campaign(args, deployment, faults, prompts), time.monotonic()
+        begun = time.monotonic()
+
+        def save() -> None:
+            keep(report(run, supervisor, (time.monotonic() - begun) / 60))
+
+        run = Campaign(args, deployment, faults, prompts, save)
         supervising = asyncio.create_task(supervisor.run())
         running = asyncio.create_task(run.run())
         await asyncio.wait({supervising, running}, return_when=asyncio.FIRST_COMPLETED)
@@ -364,7 +334,14 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the prompts, and of the order and place of the injected faults"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="inject only faults whose name contains this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="inject only faults whose name contains one of these"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="many recovery times in a few minutes: short prompts, and a fault ends soon after the first answer",
+    )
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument(
         "--pause-s", type=float, default=0.5, help="longest time that a client waits between two requests"
@@ -394,11 +371,15 @@ def main() -> int:
     parser.add_argument("--add", action="store_true", help="add to what --json has already, such as another seed's run")
     args = parser.parse_args()
     before = earlier(args.json, args.clients) if args.add else None
+
+    def keep(found: dict[str, Any]) -> dict[str, Any]:
+        result = summed_up(found if before is None else added(before, found))
+        if args.json:
+            write(args.json, result, "grpcio", "torch")
+        return result
+
     with tempfile.TemporaryDirectory(prefix="antefix-faults-") as scratch, small_disk(args.small_disk, Path(scratch)):
-        result = asyncio.run(campaign(args, Path(scratch)))
-    result = summed_up(result if before is None else added(before, result))
-    if args.json:
-        write(args.json, result, "grpcio", "torch")
+        result = keep(asyncio.run(campaign(args, Path(scratch), keep)))
     print(result)
     bad = ("wrong", "stuck", "unclear_errors", "not_recovered")
     return int(any(result[name] for name in bad) or bool(result["bill"]["double_billed"]))

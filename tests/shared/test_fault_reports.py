@@ -1,6 +1,6 @@
 """Runs of the faults' campaign are added up, each with all its faults and errors."""
 
-from benchmarks.faults import added, summed_up
+from benchmarks.fault_reports import added, summed_up
 
 RUN = {
     "seed": 1,
