@@ -172,8 +172,23 @@ def overload(record: Any) -> Iterable[Row]:
             f"{found['p50_ms']:,}",
             f"{found['p99_ms']:,}",
             f"{found['statuses'].get('429', 0):,}",
-            str(found.get("back_after_s", "")),
+            str(_back_after(found)) if "back_after_s" in found else "",
         )
+
+
+@table("overload.json", "router/antefix_router/load_shedding.py", "router/antefix_router/gateway")
+def overload_goals(record: Any) -> Iterable[Row]:
+    rates = record["rates"]
+    yield "", "2 times the highest rate", "10 times", "wanted"
+    shares = (f"{rates[f'goodput_of_peak_times_{factor}']:.2f}" for factor in (2, 10))
+    yield "answers per second, of the most at any rate", *shares, "0.9 or more"
+    times = (str(_back_after(rates[f"after_times_{factor}"])) for factor in (2, 10))
+    yield "seconds from the end until p99 is within 10% of before", *times, "10 or less"
+
+
+def _back_after(found: Any) -> object:
+    """None: it was not back within the half of the time that is looked at."""
+    return "not in time" if found["back_after_s"] is None else found["back_after_s"]
 
 
 # Each row: the figure's name, its key in the record, its digits, and its goal.
