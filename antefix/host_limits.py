@@ -38,10 +38,16 @@ def memory_limit_bytes(root: Path = _ROOT) -> int | None:
     return min((number for number in _memory_limits(root) if number < _NO_LIMIT), default=None)
 
 
+def address_space_limit_bytes() -> int | None:
+    """What `ulimit -v` allows this process and those that it starts; None: no limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def map_bytes_of(wanted: int) -> int:
     """Address space to map a growing file: `wanted`, or a quarter of what `ulimit -v` leaves if that is less."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft // 4 // 4096 * 4096)
+    limit_bytes = address_space_limit_bytes()
+    return wanted if limit_bytes is None else min(wanted, limit_bytes // 4 // 4096 * 4096)
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -27,7 +27,7 @@ from typing import IO
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.host_limits import usable_cores
+from antefix.host_limits import address_space_limit_bytes, usable_cores
 from antefix.own_files import put_aside
 from antefix.private_file import DIRECTORY_MODE, FILE_MODE, open_private, write_private
 from antefix.secret import Keyring, create_secret_file
@@ -415,7 +415,8 @@ class Deployment:
         line = await self._first_line(started, said_before)
         if not line:
             status = await process.wait()
-            raise ConfigError(f"{role} did not start (it ended with {status}): {_log_tail(log_path, said_before)}")
+            why = f"it ended with {status}{_of_address_space(status)}"
+            raise ConfigError(f"{role} did not start ({why}): {_log_tail(log_path, said_before)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
@@ -580,6 +581,16 @@ def _log_bytes(path: Path) -> int:
         return nbytes
     path.replace(path.with_suffix(".old.log"))
     return 0
+
+
+def _of_address_space(status: int) -> str:
+    """That the address space is limited, for a process that a signal ended: libraries crash when they are short of it,
+    and their messages do not name it.
+    """
+    limit_bytes = address_space_limit_bytes()
+    if status >= 0 or limit_bytes is None:
+        return ""
+    return f"; `ulimit -v` limits its address space to {limit_bytes >> 20} MiB, which may be too little: raise it"
 
 
 def _log_tail(path: Path, begin: int) -> str:
