@@ -87,7 +87,27 @@ BODIES = {
     },
 }
 JUNK = st.sampled_from(
-    [None, True, -1, 0, 10**30, 1e308, "", "x", "\ud800", "\x1f", [], [1], [None], [{}], {}, {"type": "x"}, {"a": [1]}]
+    [
+        None,
+        True,
+        -1,
+        0,
+        10**30,
+        10**400,
+        float("nan"),
+        1e308,
+        "",
+        "x",
+        "\ud800",
+        "\x1f",
+        [],
+        [1],
+        [None],
+        [{}],
+        {},
+        {"type": "x"},
+        {"a": [1]},
+    ]
 )
 
 
@@ -145,6 +165,18 @@ async def test_no_body_is_an_internal_error(front, client, address, data):
         body = {**body, "stream": True}
     answer = await client.post(address, content=json.dumps(body).encode())
     assert answer.status_code in (200, 400, 404), answer.text
+    assert not front.accounts._running
+
+
+@pytest.mark.parametrize("address", BODIES)
+async def test_a_number_that_json_does_not_have_is_refused_wherever_it_stands(client, front, address):
+    """Python's parser reads NaN, Infinity and 1e400. An answer that repeats such a value could not be written."""
+    for path in places(BODIES[address]):
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+        for number in ("NaN", "-Infinity", "1e400"):
+            body = json.dumps(changed(BODIES[address], path, "@")).replace('"@"', number)
+            answer = await client.post(address, content=body.encode())
+            assert answer.status_code == 400 and f"{name} must be a finite number" in answer.text, answer.text
     assert not front.accounts._running
 
 

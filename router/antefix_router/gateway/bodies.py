@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
@@ -24,7 +25,7 @@ from antefix.errors import InvalidRequest, Overloaded, TooManyRequests
 from antefix_router.encoding import Encoding
 from antefix_router.gateway.fields import wrong_value
 from antefix_router.gateway.http_errors import TooLarge, TooSlow
-from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_text
+from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_number, path_of_no_text
 
 # Parsing a body of this size takes the event loop some milliseconds, whatever it holds.
 _SMALL_BYTES: Final = 1 << 18
@@ -140,7 +141,8 @@ async def read_body(request: Request, held: _Held, nbytes_max: int, *, timeout_s
 async def parse_body(body: bytearray, encoding: Encoding, *, tenant: str, num_tokens_max: int) -> Any:
     """num_tokens_max: how many token ids the body may hold.
 
-    Raises:  InvalidRequest: it is not JSON, or holds too much.  WrongField: a string in it is not valid text.
+    Raises:  InvalidRequest: it is not JSON, or holds too much.  WrongField: a string in it is not valid text, or a
+        number is not finite.
     """
     if len(body) <= _SMALL_BYTES:
         return _parse(body)
@@ -174,10 +176,21 @@ def structure_of(body: bytes | bytearray) -> tuple[int, int]:
 
 
 def _parse(body: bytearray) -> Any:
+    odd: list[float] = []
+
+    def number_of(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            odd.append(number)
+        return number
+
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_float=number_of, parse_constant=number_of)
     except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"the body is not JSON: {err}") from err
+    if odd and (path := path_of_no_number(value)) is not None:
+        # Python's parser accepts more than JSON allows. An answer that repeats such a value could not be written.
+        raise wrong_value(path or "the request body", " must be a finite number, as JSON has no NaN and no infinity")
     if may_hold_surrogates(body) and (path := path_of_no_text(value)) is not None:
         why = " is not text: it holds half of a surrogate pair, which UTF-8 cannot write"
         raise wrong_value(path or "the request body", why)

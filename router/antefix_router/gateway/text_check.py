@@ -1,4 +1,4 @@
-"""Checks that the strings of a JSON value are valid text. Pure.
+"""Checks that the strings of a JSON value are valid text, and that its numbers are finite. Pure.
 
 JSON can contain half of a surrogate pair, escaped or as three bytes. Such a string cannot be shown to a model, hashed,
 or put into a record. So text with half a pair is refused when a request arrives, with the name of the field.
@@ -6,7 +6,9 @@ or put into a record. So text with half a pair is refused when a request arrives
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from typing import Any, Final
 
 _ESCAPED: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -37,18 +39,29 @@ def path_of_no_text(value: Any) -> str | None:
 
     "" is the value itself.
     """
+    for path, item in _items(value):
+        if isinstance(item, str) and not is_text(item):
+            return path
+        if isinstance(item, dict) and not all(is_text(key) for key in item):
+            return f"{path} (the name of a field)" if path else "the name of a field"
+    return None
+
+
+def path_of_no_number(value: Any) -> str | None:
+    """The JSON path of the first number that is NaN or infinite; None if there is none. "" is the value itself."""
+    return next((path for path, item in _items(value) if isinstance(item, float) and not math.isfinite(item)), None)
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """The value and all values inside it, each with its JSON path, in the order of the text."""
     todo: list[tuple[str, Any]] = [("", value)]
     while todo:
         path, item = todo.pop()
-        if isinstance(item, str) and not is_text(item):
-            return path
+        yield path, item
         if isinstance(item, dict):
-            if not all(is_text(key) for key in item):
-                return f"{path} (the name of a field)" if path else "the name of a field"
             todo += [(f"{path}.{key}" if path else key, inner) for key, inner in reversed(item.items())]
         if isinstance(item, list):
             todo += [(f"{path}[{index}]", inner) for index, inner in reversed([*enumerate(item)])]
-    return None
 
 
 def as_text(value: Any) -> Any:
