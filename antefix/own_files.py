@@ -21,6 +21,9 @@ log = logging.getLogger("antefix.files")
 # The errors, besides ENOENT, of opening or reading something that is not a regular file.
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ENODEV)
 
+# The end of a name that `put_aside` gives; random digits follow.
+MISPLACED: Final = ".misplaced-"
+
 
 def open_to_read(path: Path) -> int:
     """A descriptor of a regular file. Opening never blocks.
@@ -61,7 +64,7 @@ def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> boo
     except OSError:
         if not os.path.lexists(path):
             return False
-    aside = path.with_name(f"{path.name}.misplaced-{secrets.token_hex(4)}")
+    aside = path.with_name(f"{path.name}{MISPLACED}{secrets.token_hex(4)}")
     path.rename(aside)
     log.error("%s is not the kind of file that belongs at this path, and was renamed to %s", path, aside.name)
     return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
+from antefix.own_files import open_to_read
 from antefix.private_file import open_private
 
 log = logging.getLogger("antefix_billing")
@@ -94,6 +96,10 @@ class StoreLog:
         now_s = time.monotonic()
         is_old = now_s - self._written_at > _BEGINS_NEW_AFTER_S
         self._written_at = now_s
+        if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
+            log.warning("the store's log in %s was deleted, so evidence of earlier cache hits is lost", self._directory)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.close()
         if self._file is None or is_old or self._num_bytes >= self._file_bytes:
             self.close()
             self._file = open_private(self._directory / f"store-{now_us:017d}.log", "a")
@@ -120,9 +126,12 @@ def log_files(directory: Path) -> list[Path]:
 
 
 def read_log_file(path: Path) -> Iterator[StoreEvent]:
-    """The events of one file, in the order of its lines."""
+    """The events of one file, in the order of its lines.
+
+    Raises:  FileNotFoundError: the file is gone, or something else has its name.
+    """
     # A damaged disk may return any bytes, so skip every line that does not parse.
-    with path.open(encoding="ascii", errors="replace") as file:
+    with os.fdopen(open_to_read(path), encoding="ascii", errors="replace") as file:
         for line in file:
             yield from _parse(line)
 

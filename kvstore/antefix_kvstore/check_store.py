@@ -19,7 +19,7 @@ import lmdb
 import lmdb.verify
 
 from antefix.errors import BlockCorrupt, Unavailable
-from antefix.own_files import open_to_read, read_small
+from antefix.own_files import MISPLACED, open_to_read, put_aside, read_small
 from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.record_format import (
@@ -40,7 +40,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.disk import Disk
-from antefix_kvstore.identity import lock_directory, no_store
+from antefix_kvstore.identity import lock_directory, no_store, put_aside_misplaced
 from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_writer import read_segments
 from antefix_kvstore.recovery import rebuild_store
@@ -84,6 +84,10 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
     try:
         report = _check(directory, progress)
         if repair and not report.sound:
+            put_aside_misplaced(directory)
+            for path in (directory / SEGMENT_DIR).iterdir():
+                if segment_number(path.name) is not None:
+                    put_aside(path)
             rebuild_store(directory, Disk())
             after = _check(directory, None)
             report.repaired = after.sound
@@ -142,15 +146,19 @@ def _check_segment_files(directory: Path, report: FsckReport) -> dict[int, int]:
     sizes: dict[int, int] = {}
     for path in sorted((directory / SEGMENT_DIR).iterdir()):
         number = segment_number(path.name)
+        if MISPLACED in path.name:
+            continue  # put aside by the store or by a repair, for an operator to look at
         if number is None:
             report.note("stray file", path.name)
             continue
-        sizes[number] = path.stat().st_size
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_to_read(path), "rb") as file:
+                sizes[number] = os.fstat(file.fileno()).st_size
                 _, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
             if named != number:
                 report.note("segment header", f"{path.name} says that it is segment {named}")
+        except FileNotFoundError as err:
+            report.note("misplaced file", f"{path.name}: {err.strerror}")
         except BlockCorrupt as err:
             report.note("segment header", f"{path.name}: {err}")
     report.num_segments = len(sizes)
@@ -158,7 +166,7 @@ def _check_segment_files(directory: Path, report: FsckReport) -> dict[int, int]:
 
 
 def _index_fault(directory: Path) -> str | None:
-    if not (directory / INDEX_DIR / "data.mdb").exists():
+    if not (directory / INDEX_DIR / "data.mdb").is_file():
         return "missing"
     verify: Callable[..., list[str]] = lmdb.verify.verify
     try:

@@ -1,6 +1,8 @@
 """Each billed hit must name a block that the store's log shows as stored before and as read at that time."""
 
 import json
+import os
+import shutil
 import time
 
 import pytest
@@ -85,6 +87,30 @@ def test_the_store_log_rotates_and_skips_a_torn_line(tmp_path):
     with files[-1].open("a") as file:
         file.write("1790000000 stored abab")
     assert len(list(read_store_log(tmp_path))) == 10
+
+
+@pytest.mark.parametrize("harm", ["file deleted", "directory deleted", "directory replaced"])
+def test_a_log_that_is_deleted_while_it_is_written_begins_again(tmp_path, caplog, harm):
+    log = StoreLog(tmp_path / "log")
+    log.stored([HASH])
+    if harm == "file deleted":
+        next((tmp_path / "log").iterdir()).unlink()
+    else:
+        shutil.rmtree(tmp_path / "log")
+    if harm == "directory replaced":
+        (tmp_path / "log").mkdir()
+    for _ in range(3):
+        log.read([HASH])
+    log.close()
+    assert [event.kind.value for event in read_store_log(tmp_path / "log")] == ["read"] * 3
+    assert caplog.text.count("was deleted") == 1 and log.num_lost == 0
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)])
+def test_a_log_that_is_no_file_is_named_and_waited_for_by_nobody(tmp_path, make):
+    make(tmp_path / "store-00000000000000001.log")
+    with pytest.raises(FileNotFoundError, match="no regular file"):
+        list(read_store_log(tmp_path))
 
 
 def test_the_verdict_is_json(settle):

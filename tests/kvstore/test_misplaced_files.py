@@ -10,6 +10,7 @@ import pytest
 from antefix.errors import ConfigError, Unavailable
 from antefix.own_files import open_to_read, put_aside, read_small
 from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.check_store import fsck
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 KINDS = {
@@ -89,6 +90,19 @@ def test_a_file_that_is_no_segment_loses_only_its_own_records(open_engine, kind)
     assert lost.check(again) == 0
     again.put(lost.blocks())
     assert lost.check(again) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["index/data.mdb", "segments/000000000001.seg", "STORE"])
+def test_a_check_names_it_and_a_repair_puts_it_aside(open_engine, kind, name):
+    engine = open_engine()
+    engine.put(Prompt([1] * BLOCK * 3).blocks())
+    engine.close()
+    directory = Path(engine.config.dir)
+    replace(directory / name, KINDS[kind])
+    assert not fsck(directory).sound
+    assert fsck(directory, repair=True).repaired
+    assert fsck(directory).sound
 
 
 def test_a_link_whose_disk_is_not_mounted_is_no_empty_store(open_engine, tmp_path):
