@@ -22,6 +22,7 @@ from antefix_router.hedging import SLACK_S, HedgeBudget
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.loading import loading_tokens
+from antefix_router.placement.moves import FAILED_STEPS
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
 from antefix_router.placement.workers import Worker, WorkerRole, Workers
@@ -97,7 +98,7 @@ class Flight:
 @dataclass(slots=True, eq=False)
 class _Attempt:
     """One prompt and the calls for it. calls: the running calls, the first one first. predicted_s: the prediction for
-    the latest call.
+    the latest call. has_failed: a worker that answers could not compute the prompt.
     """
 
     order: Order
@@ -108,6 +109,7 @@ class _Attempt:
     calls: dict[asyncio.Task[Prefilled], Worker] = field(default_factory=dict)
     predicted_s: float = 0.0
     has_hedged: bool = False
+    has_failed: bool = False
 
     @property
     def late_s(self) -> float | None:
@@ -138,7 +140,8 @@ class PrefillCalls:
         """None: no prefill worker could compute the prompt, so a decode worker must compute it.
 
         soon: the worker that is computing the prompt's beginning, and how many blocks of it.
-        Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
+        Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.  StepFailed, NotFinite,
+            InternalError: two workers could not compute the prompt.
         """
         attempt = _Attempt(order, work, flight, soon)
         self._budget.note_request()
@@ -209,7 +212,8 @@ class PrefillCalls:
     def _taken(self, attempt: _Attempt, task: asyncio.Task[Prefilled]) -> Prefilled | None:
         """The answer of a call that has ended. None: the call failed, so the caller looks for another worker.
 
-        Raises:  Overloaded: the worker was overloaded, and there is no other.
+        Raises:  Overloaded: the worker was overloaded, and there is no other.  StepFailed, NotFinite, InternalError: a
+            second worker could not compute the prompt either, so a third one is not tried.
         """
         is_second = next(iter(attempt.calls)) is not task
         worker, request = attempt.calls.pop(task), attempt.order.request
@@ -218,6 +222,10 @@ class PrefillCalls:
         except (Unavailable, InternalError) as err:
             log.warning("request %s: prefill worker %s failed: %s", request.request_id, worker.address, err)
             self._directory.forget(worker.address)
+            if isinstance(err, FAILED_STEPS):
+                if attempt.has_failed and not attempt.calls:
+                    raise
+                attempt.has_failed = True
             return None
         except Overloaded:
             if not attempt.calls and not self._workers.has_another(attempt.tried):

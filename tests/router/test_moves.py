@@ -9,7 +9,7 @@ import pytest
 
 from antefix.clients import DecodeClient
 from antefix.clients.decode import Decoded
-from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.errors import InternalError, NotFinite, Overloaded, StepFailed, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.pulse import LAST_PATIENCE_S, Pulse
 from antefix.sampling import Sampling
@@ -152,6 +152,18 @@ def test_nobody_waits_for_workers_that_answer_and_fail(error):
     kind, took_s = asked(*peers)
     assert kind is type(error) and took_s < 2.0
     assert [peer.num_calls for peer in peers] == [1, 1]
+
+
+@pytest.mark.parametrize("error", [StepFailed("a step failed"), NotFinite("NaN"), InternalError("a bug")])
+def test_a_request_whose_steps_fail_is_tried_on_one_other_worker(error):
+    """It may make every worker fail. A worker that dies or is full is another matter."""
+    peers = [Peer(error=error) for _ in range(4)]
+    kind, _ = asked(*peers)
+    assert kind is type(error) and sum(peer.num_calls for peer in peers) == 2
+    assert asked(Peer(error=error), Peer())[0] == list(range(8))
+    peers = [Peer(error=Unavailable("its store is down")) for _ in range(4)]
+    asked(*peers)
+    assert sum(peer.num_calls for peer in peers) == 3
 
 
 def test_a_worker_that_comes_and_goes_is_not_tried_for_ever():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from antefix.clients import PrefillClient, Prefilled
-from antefix.errors import InvalidRequest, Overloaded, Unavailable
+from antefix.errors import InternalError, InvalidRequest, NotFinite, Overloaded, StepFailed, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.record import LookupResult
 from antefix.restore_report import RestoreReport
@@ -252,3 +252,21 @@ async def test_measured_speeds_decide_what_a_short_rest_is():
         assert prefilling._goes_straight(NAMES.prompt("t", longer).work(100)) is straight
     prefilling.counters.overhead_s = 0.0
     assert not prefilling._goes_straight(NAMES.prompt("t", longer).work(100))
+
+
+@pytest.mark.parametrize("error", [StepFailed("a step failed"), NotFinite("NaN"), InternalError("a bug")])
+async def test_a_prompt_whose_steps_fail_is_tried_on_one_other_worker(error):
+    """It may make every worker fail. If only one has failed, decode tries it."""
+    prefilling, workers, clients, _ = build(num_workers=4)
+    for client in clients:
+        client.failures = [error] * 4
+        client.gate.set()
+    with pytest.raises(type(error)):
+        await start(prefilling, "r")
+    assert sorted(len(client.calls) for client in clients) == [0, 0, 1, 1]
+    assert_idle(prefilling, workers)
+    prefilling, workers, (client,), _ = build()
+    client.failures = [error]
+    client.gate.set()
+    assert (await start(prefilling, "r")).answer is None
+    assert_idle(prefilling, workers)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from antefix.errors import AntefixError, Unavailable
+from antefix.errors import AntefixError, InternalError, NotFinite, StepFailed, Unavailable
 from antefix.pulse import LAST_PATIENCE_S
 from antefix_router.placement.workers import NUM_MOVES_MAX, Worker, Workers
 
@@ -21,6 +21,8 @@ log = logging.getLogger("antefix.router")
 
 # The interval at which it is checked which workers answer.
 _LOOK_S: Final = 0.05
+# Errors of workers that answer and could not run this request. It may make every worker fail, so one more tries it.
+FAILED_STEPS: Final = (StepFailed, NotFinite, InternalError)
 # A call fails at once when a process dies. The pulse notices it within this many of its intervals.
 _NUM_NOTICED: Final = 2
 
@@ -37,6 +39,7 @@ class Moves:
         self._had: dict[str, tuple[Worker, int]] = {}
         self._waits_until: float | None = None
         self._num_back = 0
+        self._has_failed = False
 
     def note(self, worker: Worker) -> None:
         """Record that this worker now has the output."""
@@ -50,6 +53,10 @@ class Moves:
         Waits for such a worker until `LAST_PATIENCE_S` after the output's first failure, and no longer than
         `timeout_s`. what: the name of the waiting output in the log.
         """
+        if isinstance(err, FAILED_STEPS):
+            if self._has_failed:
+                return False
+            self._has_failed = True
         now = time.monotonic()
         if self._waits_until is None:
             self._waits_until = now + LAST_PATIENCE_S
