@@ -125,9 +125,13 @@ def pack_cases(tokens: int, name: str) -> Iterator[Case]:
 
 
 def row_cases(tokens: int, name: str) -> Iterator[Case]:
-    """Packing a chunk's window entries, unpacking as many entries, and copying the records of a ring or a pool."""
+    """Packing a chunk's window entries, unpacking as many entries, and copying the records of a ring or a pool.
+
+    Slots are in random order, as in a pool in use. "in order": one after another, as workers pack a chunk's window.
+    """
     norm = _norm(tokens, DIM)
     slots = torch.randperm(tokens, device=DEVICE).int()
+    straight = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
     moved = tokens * (DIM * 2 + ENTRY + ROPE * 4 + 4)
     rows = [torch.randn(tokens, DIM, device=DEVICE).bfloat16() for _ in range(_sets(moved))]
     pools = [_pool(tokens // 32, 32, ENTRY) for _ in range(_sets(moved))]
@@ -142,6 +146,16 @@ def row_cases(tokens: int, name: str) -> Iterator[Case]:
         num_flops=20 * tokens * DIM,
         eager=lambda: eager.pack_entries(eager.norm_rope(rows[0].float(), norm.weight, norm.cos, norm.sin), ROPE),
     )
+    yield Case(
+        kernel="window_pack",
+        shape=f"{name} in order",
+        calls=[
+            lambda x=x, p=p: pack.window_pack(x, norm, pack.Target(records=p, slots=straight))
+            for x, p in zip(rows, pools, strict=True)
+        ],
+        num_bytes=moved,
+        num_flops=20 * tokens * DIM,
+    )
     outs = [torch.empty(tokens, DIM, dtype=torch.bfloat16, device=DEVICE) for _ in pools]
     yield Case(
         kernel="unpack_entries",
@@ -152,7 +166,6 @@ def row_cases(tokens: int, name: str) -> Iterator[Case]:
         eager=lambda: eager.decode_entries(pools[0][slots // 32, slots % 32], DIM, ROPE),
     )
     payload = torch.empty(tokens // 128, 128, ENTRY, dtype=torch.uint8, device=DEVICE)
-    straight = torch.arange(tokens, dtype=torch.int32, device=DEVICE)
     yield Case(
         kernel="copy_records",
         shape=name,

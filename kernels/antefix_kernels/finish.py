@@ -42,34 +42,40 @@ def norm_rope(x, rows, live, weight, cos, sin, eps, ROWS: tl.constexpr, D: tl.co
 
 @triton.jit
 def store_entries(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ROPE: tl.constexpr,
-                   SCALE_OFFSET: tl.constexpr, RECORD: tl.constexpr):  # fmt: skip
+                   SCALE_OFFSET: tl.constexpr, RECORD: tl.constexpr, CONVERTS: tl.constexpr):  # fmt: skip
     """Write x [ROWS, D] float32 as FP8 entries at byte pointers base [ROWS]."""
     NOPE: tl.constexpr = DIM - ROPE
     d = tl.arange(0, D)
-    store_codes(x, base, live, ROWS, D, NOPE, SCALE_OFFSET, RECORD)
+    store_codes(x, base, live, ROWS, D, NOPE, SCALE_OFFSET, RECORD, CONVERTS)
     rope = (base + NOPE).to(tl.pointer_type(tl.int16))
     tl.store(rope[:, None] + (d - NOPE)[None, :], bf16_bits(x), live[:, None] & ((d >= NOPE) & (d < DIM))[None, :])
 
 
 @triton.jit
 def store_codes(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, NOPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
-                 RECORD: tl.constexpr):  # fmt: skip
-    """Write columns 0 to NOPE of x [ROWS, D] float32 as FP8 codes, their scales, and the record's padding."""
+                 RECORD: tl.constexpr, CONVERTS: tl.constexpr):  # fmt: skip
+    """Write columns 0 to NOPE of x [ROWS, D] float32 as FP8 codes, their scales, and the record's padding.
+
+    CONVERTS: the GPU has an instruction that rounds to FP8 (compute capability 8.9 and newer).
+    """
     GROUP: tl.constexpr = 64 if D > 64 else D
     GROUPS: tl.constexpr = D // GROUP
     d = tl.arange(0, D)
     nope = tl.reshape(tl.where((d < NOPE)[None, :], x, 0.0), (ROWS, GROUPS, GROUP))
     k = fp8_exponent(tl.max(tl.abs(nope), 2))
     # k is chosen so that no magnitude exceeds 448.
-    codes = tl.reshape(e4m3_code(nope * power_of_two(-k)[:, :, None]), (ROWS, D)).to(tl.uint8)
+    scaled = tl.reshape(nope * power_of_two(-k)[:, :, None], (ROWS, D))
+    codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if CONVERTS else e4m3_code(scaled).to(tl.uint8)
     tl.store(base[:, None] + d[None, :], codes, live[:, None] & (d < NOPE)[None, :])
+    # The scales, and zeros in the record's last bytes, of which the columns without codes write the first.
+    TAIL: tl.constexpr = RECORD - SCALE_OFFSET
     g = tl.arange(0, GROUPS)
-    used = (g * GROUP < NOPE)[None, :]
-    tl.store(base[:, None] + (SCALE_OFFSET + g)[None, :], (k + 127).to(tl.uint8), live[:, None] & used)
-    pad = tl.arange(0, 8)
-    first: tl.constexpr = SCALE_OFFSET + (NOPE + GROUP - 1) // GROUP
-    zero = tl.zeros((ROWS, 8), tl.uint8)
-    tl.store(base[:, None] + (first + pad)[None, :], zero, live[:, None] & (first + pad < RECORD)[None, :])
+    scales = tl.where((g * GROUP < NOPE)[None, :], k + 127, 0).to(tl.uint8)
+    tl.store(base[:, None] + (SCALE_OFFSET + g)[None, :], scales, live[:, None] & (g < TAIL)[None, :])
+    if GROUPS < TAIL:
+        pad = GROUPS + tl.arange(0, 8)
+        zero = tl.zeros((ROWS, 8), tl.uint8)
+        tl.store(base[:, None] + (SCALE_OFFSET + pad)[None, :], zero, live[:, None] & (pad < TAIL)[None, :])
 
 
 @triton.jit

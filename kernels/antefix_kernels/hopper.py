@@ -1,4 +1,4 @@
-"""Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or similar, in a
+"""What a GPU can do. The Gluon kernels (decode_attention_hopper, index_scores_hopper) run on an H100 or similar, in a
 Triton that has Gluon.
 
 On such a GPU the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
@@ -20,3 +20,8 @@ def available(x: torch.Tensor) -> bool:
     compute capability 9.0.
     """
     return _GLUON and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
+
+
+def converts_to_fp8(x: torch.Tensor) -> bool:
+    """Whether x's device has an instruction that rounds float32 to FP8 E4M3: compute capability 8.9 and newer."""
+    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 9)

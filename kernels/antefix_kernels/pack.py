@@ -14,18 +14,16 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
-from antefix_kernels.finish import norm_rope, record_offsets, store_codes, store_entries, store_keys
+from antefix_kernels import hopper
 from antefix_kernels.number_formats import EntryFormat, KeyFormat, byte_alignment, check, check_records
-from antefix_kernels.rounding import bf16_bits
+from antefix_kernels.pack_kernels import overlap_kernel, pool_kernel, rows_kernel
 
-# Columns of a group that one program pools where groups are long (HCA), and rows it has in flight.
-_POOL_COLUMNS = 64
-_POOL_ROWS = 128
-_POOL_WARPS = 8
-# Rows and warps of one program where rows are packed one by one.
-_ROW_TILE = (2, 1)
+# Columns of a group that one program pools where groups are long (HCA), and its warps.
+_POOL_COLUMNS = 32
+_POOL_WARPS = 4
+# How many programs pack rows one by one: as many warps of 64 registers as an H200 holds at once.
+_ROW_PROGRAMS = 132 * 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,124 +53,6 @@ class Overlap:
     prior_rows: torch.Tensor
     kv: torch.Tensor
     gate: torch.Tensor
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_values"])
-def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, num_values, stride_n, stride_p,
-                 ENTRIES: tl.constexpr, RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr,
-                 DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
-                 NORM: tl.constexpr):  # fmt: skip
-    """Norm (unless NORM is false), round and write ROWS rows; row i is of value i % num_values."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(slots + rows, rows < num_rows, other=-1)
-    live = slot >= 0
-    NOPE: tl.constexpr = DIM - ROPE
-    d = tl.arange(0, D)
-    start = values + (rows % num_values).to(tl.int64) * stride_n
-    base = records + record_offsets(tl.maximum(slot, 0), stride_p, ENTRIES, RECORD, ALIGN)
-    x = tl.load(start[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    # The few RoPE dims are read a second time, separately, which is cheaper than rotating them among the other dims.
-    pair = tl.arange(0, PAIRS)
-    turned = live[:, None] & (pair < ROPE // 2)[None, :]
-    r = tl.arange(0, 2 * PAIRS)
-    tail = live[:, None] & (r < ROPE)[None, :]
-    y = tl.load(start[:, None] + (NOPE + r)[None, :], tail, other=0.0).to(tl.float32)
-    if NORM:
-        inverse = (1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps))[:, None]
-        x = x * inverse * tl.load(weight + d, d < DIM, other=0.0)[None, :]
-        y = y * inverse * tl.load(weight + NOPE + r, r < ROPE, other=0.0)[None, :]
-        even, odd = tl.split(tl.reshape(y, (ROWS, PAIRS, 2)))
-        at = rows[:, None] * (ROPE // 2) + pair[None, :]
-        c = tl.load(cos + at, turned, other=1.0)
-        s = tl.load(sin + at, turned, other=0.0)
-        y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, 2 * PAIRS))
-    store_codes(x, base, live, ROWS, D, NOPE, SCALE_OFFSET, RECORD)
-    rope = (base + NOPE).to(tl.pointer_type(tl.int16))
-    tl.store(rope[:, None] + r[None, :], bf16_bits(y), tail)
-
-
-@triton.jit
-def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_gate, weight, cos, sin, eps, records,
-                    slots, stride_n, stride_p, M: tl.constexpr, M_PAD: tl.constexpr, DIM: tl.constexpr,
-                    ROPE: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
-                    ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, KEYS: tl.constexpr,
-                    LOG2_D: tl.constexpr):  # fmt: skip
-    """Pool one CSA group with the previous group's Ca rows, then norm, round and write it; skip a negative slot."""
-    g = tl.program_id(0)
-    if tl.load(slots + g) < 0:
-        return
-    r = tl.arange(0, M_PAD)[:, None]
-    d = tl.arange(0, D)[None, :]
-    used = (r < M) & (d < DIM)
-    # This group's second series (Cb): the right half of its own rows.
-    at = (tl.load(first_rows + g).to(tl.int64) + r) * stride_n + DIM + d
-    cb_kv = tl.load(kv + at, used, other=0.0).to(tl.float32)
-    cb_gate = tl.load(gate + at, used, other=0.0).to(tl.float32)
-    cb_gate = tl.where(used, cb_gate + tl.load(bias + r * (2 * DIM) + DIM + d, used, other=0.0), float("-inf"))
-    # The group before's first series (Ca): the left half of its rows, or the overlap state.
-    prior = tl.load(prior_rows + g)
-    if prior >= 0:
-        before = (prior.to(tl.int64) + r) * stride_n + d
-        ca_kv = tl.load(kv + before, used, other=0.0).to(tl.float32)
-        ca_gate = tl.load(gate + before, used, other=0.0).to(tl.float32)
-        ca_gate += tl.load(bias + r * (2 * DIM) + d, used, other=0.0)
-    else:
-        state = ((-1 - prior).to(tl.int64) * M + r) * DIM + d
-        ca_kv = tl.load(overlap_kv + state, used, other=0.0)
-        ca_gate = tl.load(overlap_gate + state, used, other=0.0)
-    ca_gate = tl.where(used, ca_gate, float("-inf"))
-
-    top = tl.maximum(tl.max(ca_gate, 0), tl.max(cb_gate, 0))
-    # Padding columns have no row at all: keep their maximum finite, so that no NaN is made.
-    top = tl.where(top == float("-inf"), 0.0, top)[None, :]
-    ca, cb = tl.exp(ca_gate - top), tl.exp(cb_gate - top)
-    total = tl.sum(ca, 0) + tl.sum(cb, 0)
-    # A row with weight 0 must add 0, whatever values the empty overlap state holds.
-    pooled = tl.sum(tl.where(ca > 0.0, ca * ca_kv, 0.0), 0) + tl.sum(cb * cb_kv, 0)
-    x = (pooled / tl.where(total > 0.0, total, 1.0))[None, :]
-
-    rows = g + tl.zeros((1,), tl.int32)
-    slot = tl.load(slots + rows)
-    live = slot >= 0
-    x = norm_rope(x, rows, live, weight, cos, sin, eps, 1, D, DIM, ROPE)
-    base = records + record_offsets(tl.maximum(slot, 0), stride_p, ENTRIES, RECORD, ALIGN)
-    if KEYS:
-        store_keys(x, base, live, 1, D, LOG2_D)
-    else:
-        store_entries(x, base, live, 1, D, DIM, ROPE, SCALE_OFFSET, RECORD)
-
-
-@triton.jit
-def _pool_kernel(kv, gate, bias, first_rows, slots, pooled, stride_n, M: tl.constexpr, DIM: tl.constexpr,
-                 C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Softmax-gated sum of C columns of one HCA group, online over ROWS rows at a time; of a dropped one nothing."""
-    g = tl.program_id(0)
-    if tl.load(slots + g) < 0:
-        return
-    d = tl.program_id(1) * C + tl.arange(0, C)[None, :]
-    first = tl.load(first_rows + g).to(tl.int64)
-    top = tl.full((ROWS, C), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, C), tl.float32)
-    acc = tl.zeros((ROWS, C), tl.float32)
-    for start in range(0, M, ROWS):
-        r = start + tl.arange(0, ROWS)[:, None]
-        used = (r < M) & (d < DIM)
-        z = tl.load(gate + (first + r) * stride_n + d, used, other=0.0).to(tl.float32)
-        z = tl.where(used, z + tl.load(bias + r * DIM + d, used, other=0.0), float("-inf"))
-        v = tl.load(kv + (first + r) * stride_n + d, used, other=0.0).to(tl.float32)
-        new = tl.maximum(top, z)
-        # Rows that have seen nothing yet stay at -inf: their factors must be 0, not exp(-inf + inf).
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        old, now = tl.exp(top - safe), tl.exp(z - safe)
-        total = tl.fma(total, old, now)
-        acc = tl.fma(acc, old, now * v)
-        top = new
-    best = tl.max(top, 0)
-    share = tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
-    total_all = tl.sum(total * share, 0)
-    out = tl.sum(acc * share, 0) / tl.where(total_all > 0.0, total_all, 1.0)
-    columns = tl.program_id(1) * C + tl.arange(0, C)
-    tl.store(pooled + g.to(tl.int64) * DIM + columns, out, columns < DIM)
 
 
 def window_pack(rows: torch.Tensor, norm: Norm, target: Target) -> None:
@@ -213,8 +93,7 @@ def pack_hca(
     _check_slots(target, groups)
     pooled = torch.empty(groups, dim, dtype=torch.float32, device=kv.device)
     if groups:
-        rows = min(_POOL_ROWS, triton.next_power_of_2(m))
-        _pool_kernel[(groups, triton.cdiv(dim, _POOL_COLUMNS))](
+        pool_kernel[(groups * triton.cdiv(dim, _POOL_COLUMNS),)](
             kv,
             gate,
             bias,
@@ -225,7 +104,7 @@ def pack_hca(
             M=m,
             DIM=dim,
             C=_POOL_COLUMNS,
-            ROWS=rows,
+            ROWS=triton.next_power_of_2(m),
             num_warps=_POOL_WARPS,
             enable_fp_fusion=False,
         )
@@ -287,8 +166,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
     check(num_rows == copies * num_values, f"{num_rows} slots are no multiple of {num_values} values")
     if not num_values:
         return
-    rows, warps = _ROW_TILE
-    _rows_kernel[(triton.cdiv(num_rows, rows),)](
+    rows_kernel[(min(num_values, _ROW_PROGRAMS), copies)](
         values,
         norm.weight if norm else values,
         norm.cos if norm else values,
@@ -296,7 +174,6 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         norm.eps if norm else 0.0,
         target.records,
         target.slots,
-        num_rows,
         num_values,
         values.stride(0),
         target.records.stride(0),
@@ -308,9 +185,9 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         ROPE=rope_dim,
         D=triton.next_power_of_2(dim),
         PAIRS=triton.next_power_of_2(rope_dim // 2),
-        ROWS=rows,
         NORM=norm is not None,
-        num_warps=warps,
+        CONVERTS=hopper.converts_to_fp8(values),
+        num_warps=1,
         enable_fp_fusion=False,
     )
 
@@ -336,7 +213,7 @@ def _launch_overlap(
     if not groups:
         return
     d = triton.next_power_of_2(dim)
-    _overlap_kernel[(groups,)](
+    overlap_kernel[(groups,)](
         kv,
         gate,
         bias,
@@ -363,6 +240,7 @@ def _launch_overlap(
         SCALE_OFFSET=scale_offset or 0,
         KEYS=scale_offset is None,
         LOG2_D=d.bit_length() - 1,
+        CONVERTS=hopper.converts_to_fp8(kv),
         num_warps=max(1, min(4, d // 128)),
         enable_fp_fusion=False,
     )

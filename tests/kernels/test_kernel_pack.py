@@ -7,9 +7,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from antefix_kernels import gather, pack
 from antefix_kernels import torch_reference as reference
 from antefix_kernels.number_formats import EntryFormat, KeyFormat
+from antefix_kernels.pack_kernels import pool_kernel
+from antefix_kernels.rounding import e4m3_code
 
 # (head_dim, rope_dim): V4's, a small one, one whose last scale group is partial, one not a power of two.
 ENTRY_DIMS = [(512, 64), (32, 8), (112, 16), (96, 32)]
@@ -55,6 +60,51 @@ def test_rounding_equals_the_oracle_to_the_byte(head_dim, rope_dim, device, draw
     assert torch.equal(got, reference.pack_entries(x.double(), rope_dim))
     untouched = torch.ones(45, dtype=torch.bool, device=device).index_fill(0, slots.long(), False)
     assert (pool.reshape(-1, fmt.nbytes)[untouched] == 0xFF).all()
+
+
+@triton.jit
+def count_differences(found, start, N: tl.constexpr):
+    """Add to found [2] how many float32 with bits start + 0, 1, .. are at most 448, and how many codes differ."""
+    bits = start + tl.program_id(0) * N + tl.arange(0, N)
+    x = bits.to(tl.float32, bitcast=True)
+    is_code = tl.abs(x) <= 448.0
+    differs = is_code & (x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32) != e4m3_code(x))
+    tl.atomic_add(found, tl.sum(is_code.to(tl.int64), 0))
+    tl.atomic_add(found + 1, tl.sum(differs.to(tl.int64), 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_the_instruction_rounds_every_number_as_integer_arithmetic_does():
+    found = torch.zeros(2, dtype=torch.int64, device="cuda")
+    for start in range(-(2**31), 2**31, 2**28):
+        count_differences[(2**28 // 4096,)](found, start, N=4096)
+    # 448 has the bits 0x43E00000.
+    assert found.tolist() == [2 * (0x43E00000 + 1), 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_is_added_up_in_a_fixed_order(dtype):
+    # 64 columns of 128 rows on 8 warps, as earlier versions added: entries of a pool must not depend on the version.
+    kv = torch.randn(128, 512, device="cuda").to(dtype)
+    zeros = torch.zeros(128, 512, device="cuda")
+    ids = torch.zeros(1, dtype=torch.int32, device="cuda")
+    got = torch.empty(1, 512, device="cuda")
+    pool_kernel[(16,)](kv, zeros.to(dtype), zeros, ids, ids, got, 512, M=128, DIM=512, C=32, ROWS=128, num_warps=4,
+                       enable_fp_fusion=False)  # fmt: skip
+    threads = 16 if dtype is torch.float32 else 32
+    want = torch.zeros(threads, 512, device="cuda")
+    for rows in kv.float().split(threads):
+        want = want + rows
+    # Within a warp neighbours first, then the warps: the farther half of what is left each time.
+    parts = want.view(8, threads // 8, 512)
+    while parts.shape[1] > 1:
+        parts = parts[:, : parts.shape[1] // 2] + parts[:, parts.shape[1] // 2 :]
+    while parts.shape[0] > 1:
+        parts = parts[: parts.shape[0] // 2] + parts[parts.shape[0] // 2 :]
+    assert torch.equal(got[0], parts[0, 0] / 128)
 
 
 @pytest.mark.slow
