@@ -42,7 +42,6 @@ HISTORY = frozenset(
         "packed_candidates.json",
         "ranks_on_cards_before.json",
         "store.json",
-        "weights_on_card_before.json",
     }
 )
 

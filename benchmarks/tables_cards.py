@@ -262,11 +262,6 @@ def _over_floor(row: Any, key: str) -> Row:
     return f"{row[key]:.3g}", f"{row['floor_s']:.4f}", f"{ratio:,.3g}", f"{row['tokens_per_s']:,.1f}"
 
 
-@table("weights_on_card_before.json", "antefix/model", "kernels/antefix_kernels")
-def whole_steps_before(record: Any) -> Iterable[Row]:
-    yield from whole_steps(record)
-
-
 @table("card_restore.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
 def restored_on_a_card(record: Any) -> Iterable[Row]:
     yield (

@@ -132,6 +132,31 @@ def replay_errors(record: Any) -> Iterable[Row]:
         )
 
 
+@table("window_quality.json", "antefix/model", "antefix/window")
+def text_after_replays(record: Any) -> Iterable[Row]:
+    yield (
+        *("hit at", "replayed", "bits per byte 0-64 (lower is better)", "64-256", "256-1,024"),
+        *("divergence, bits per token", "largest logit difference"),
+        *("facts at 40, 200, 800 tokens, of 16", "question cut by the hit, of 16"),
+    )
+    documents = record["documents"]
+    for offset, lengths in record["offsets"].items():
+        named = offset
+        for windows, found in lengths.items():
+            exact = f"{record['replay_tokens']} tokens: exact"
+            replayed = {"0": "none", "1": "1 window", "exact": exact}.get(windows, f"{windows} windows")
+            answered = [round(documents * found[f"retrieval_{kind}"]) for kind in ("near", "beyond", "far", "cut")]
+            yield (
+                *(named, replayed),
+                *(f"{found[f'bits_{low}_{high}']:.4f}" for low, high in ((0, 64), (64, 256), (256, 1024))),
+                f"{found['divergence_bits']:.1e}" if found["divergence_bits"] else "0",
+                f"{found['largest_difference']:.3g}",
+                ", ".join(str(count) for count in answered[:3]),
+                str(answered[3]),
+            )
+            named = ""
+
+
 @table("step_compiled.json", "antefix/model")
 def steps_on_a_cpu(record: Any) -> Iterable[Row]:
     yield (

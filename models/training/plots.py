@@ -2,7 +2,8 @@
 
     python -m models.training.plots --figures models/antefix-tiny/figures
 
-reads train_1.jsonl, train_2.jsonl, quality.json and window_quality.json there and writes SVG files next to them.
+reads train_1.jsonl, train_2.jsonl and quality.json there, and benchmarks/results/window_quality.json. It writes SVG
+files to the figures' directory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 mpl.use("svg")
 import matplotlib.pyplot as plt
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 # Losses are logged in nats.
 BITS = 1 / np.log(2.0)
 
@@ -84,7 +86,7 @@ def main() -> None:
     runs = [_read_lines(figures / f"train_{number}.jsonl") for number in (1, 2)]
     draw_training(runs, figures / "training.svg")
     draw_retrieval(json.loads((figures / "quality.json").read_text()), figures / "retrieval.svg")
-    draw_window(json.loads((figures / "window_quality.json").read_text()), figures / "window_quality.svg")
+    draw_window(json.loads((RESULTS / "window_quality.json").read_text()), figures / "window_quality.svg")
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from antefix.model import Sequence, WindowState
+from benchmarks.run_record import write
 from models.training import tasks
 from models.training.cached import CachedModel, bits
 from models.training.corpus import BOS, Tokens, load
@@ -181,7 +182,7 @@ def main() -> None:
     result = measure(
         model, load(arguments.corpus / "valid.xz"), documents=arguments.documents, offsets=arguments.offsets
     )
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, result, "numpy", "torch")
 
 
 if __name__ == "__main__":
