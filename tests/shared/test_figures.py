@@ -80,6 +80,16 @@ def test_a_page_of_results_needs_a_record_per_section(found):
     assert found("# Page\n\n## One\n\nIt took 3 ms.\n\n*No record: measure again.*\n", results=True) == []
 
 
+@pytest.mark.parametrize(
+    "said", ["*Single trials: the code was not kept.*", "Published by others (<https://example.org/figures>)."]
+)
+def test_figures_that_cannot_be_measured_again_say_what_they_are(found, said):
+    assert found(f"# Page\n\n## One\n\nIt took 3 ms.\n\n{said}\n", results=True) == []
+    assert found(f"It took 3 ms. {said}\n") == [1]
+    without_link = said.replace("https://", "")
+    assert found(f"# Page\n\n## One\n\nIt took 3 ms. {without_link}\n", results=True) == [3] * ("Published" in said)
+
+
 def test_a_record_that_is_not_there_is_told(found):
     assert found("It took 3 ms (benchmarks/results/gone.json).\n") == [1]
     assert found("`python x.py --json benchmarks/results/gone.json` measures it.\n") == []
