@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,18 @@ class Tally:
     not_recovered: list[str] = field(default_factory=list)
 
 
-def bill(ledger_dir: Path) -> dict[str, int]:
-    """Errors in the ledger: requests that have two records, or whose counts do not add up."""
+def bill(ledger_dir: Path, answered: Iterable[str]) -> dict[str, int]:
+    """Errors in the ledger: requests that have two records, whose counts do not add up, or that were answered in full
+    and have no record.
+
+    answered: the ids of the requests that were answered. Their records were acknowledged.
+    """
     records = [settled.record for settled in read_settled(ledger_dir)]
     charged = Counter(record.request_id for record in records if record.is_final)
     return {
         "records": len(records),
         "double_billed": sum(number > 1 for number in charged.values()),
+        "not_billed": sum(request_id not in charged for request_id in answered),
         "not_adding_up": sum(
             record.cache_hit_tokens + record.cache_miss_tokens not in (0, record.prompt_tokens) for record in records
         ),

@@ -12,7 +12,7 @@ conversations that continue and repeat earlier prompts, or the conversations of 
 after the other. --seed fixes their order and all prompts. Each answer is compared with a run of the bare model, without
 store and without faults. A request without an answer must get a clear error. A fault's recovery is the time from the
 fault's beginning until a request that was sent after the beginning is answered. This recovery time should be compared
-with the time of an undisturbed request. At the end the ledger must have one record for each request, in which hit
+with the time of an undisturbed request. At the end the ledger must have one record for each answer, in which hit
 tokens plus miss tokens equal the prompt.
 
 Before each fault all roles run, and the router may send requests to all workers, so that no fault meets what the fault
@@ -90,6 +90,7 @@ class Campaign:
         # Cleared while answers are checked, because that would take processor time from the deployment.
         self._may_ask = asyncio.Event()
         self._may_ask.set()
+        self.answered_ids: list[str] = []
         self._answers: list[tuple[Tokens, list[int]]] = []
         # While the bill's Redis is away, routers refuse ids that they do not know, which is no failure to recover.
         self._ids = iter("" if args.redis else f"fault-{args.seed}-{number}" for number in range(1 << 30))
@@ -170,6 +171,7 @@ class Campaign:
     async def _ask(self, prompt: Tokens) -> float | None:
         """Send a request. Returns the time at which the answer came, or None if there was no answer."""
         output: list[int] = []
+        billed_as = ""
         try:
             # Make a new client each time, because an operator's client does not survive a restart of the router.
             router = self.deployment.one("router").address
@@ -178,6 +180,7 @@ class Campaign:
                 asked = client.generate(prompt, sampling, request_id=next(self._ids), timeout_s=STUCK_S - 5)
                 async for message in asked:
                     output += [int(token) for token in message.tokens]
+                    billed_as = message.request_id or billed_as
         except TimeoutError:
             self.tally.num_stuck += 1
             return None
@@ -186,6 +189,7 @@ class Campaign:
             self.tally.num_unclear += isinstance(err, InternalError)
             return None
         self._answers.append((prompt, output))
+        self.answered_ids.append(billed_as)
         return time.monotonic()
 
     def check(self) -> None:
@@ -248,7 +252,7 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
         "manual_steps": 0,
         "undisturbed_s": [round(seconds, 2) for seconds in tally.undisturbed_s],
         "recovery_s": {name: [round(each, 2) for each in found] for name, found in tally.recovery_s.items()},
-        "bill": bill(campaign.deployment.config.ledger_dir),
+        "bill": bill(campaign.deployment.config.ledger_dir, campaign.answered_ids),
         "wrong_answers": tally.wrong[:3],
     }
 
@@ -382,7 +386,9 @@ def main() -> int:
         result = keep(asyncio.run(campaign(args, Path(scratch), keep)))
     print(result)
     bad = ("wrong", "stuck", "unclear_errors", "not_recovered")
-    return int(any(result[name] for name in bad) or bool(result["bill"]["double_billed"]))
+    return int(
+        any(result[name] for name in bad) or any(result["bill"][name] for name in ("double_billed", "not_billed"))
+    )
 
 
 if __name__ == "__main__":

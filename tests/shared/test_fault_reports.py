@@ -1,6 +1,8 @@
 """Runs of the faults' campaign are added up, each with all its faults and errors."""
 
-from benchmarks.fault_reports import added, summed_up
+from antefix_billing.ledger import Ledger
+from benchmarks.fault_reports import added, bill, summed_up
+from tests.billing.usage_records import record
 
 RUN = {
     "seed": 1,
@@ -32,3 +34,11 @@ def test_the_runs_of_two_seeds_are_added_up():
     assert both["runs"] == [{**ABOUT, "seed": 1, "minutes": 2.0}]
     third = added({**ABOUT, **both}, RUN)
     assert [run["seed"] for run in third["runs"]] == [1, 2]
+
+
+def test_an_answer_without_a_record_is_counted(tmp_path):
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.append([record("first"), record("second")])
+    ledger.close()
+    found = bill(tmp_path / "ledger", ["first", "second", "third"])
+    assert (found["records"], found["double_billed"], found["not_billed"]) == (2, 0, 1)
