@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,11 @@ class DirectDisk(Disk):
         super().write(fd, buffers, offset)
 
 
+def _huge_pages_are_given() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
 # Five blocks that fill several pieces and end inside one.
 LARGE = Prompt([3] * BLOCK * 5, payload_bytes=MIB + 100)
 
@@ -77,10 +83,27 @@ def test_a_large_batch_is_written_past_the_page_cache_and_reads_the_same(
 ) -> None:
     assert engine.put(LARGE.blocks()).num_stored == 5
     assert LARGE.check(engine) == 5
-    # The first piece ends where the file's offset is a multiple of 2 MiB.
-    assert sorted(disk.offsets) == [4096, 2 * MIB, 4 * MIB]
+    # The first piece is short. The second one ends where the file's offset is a multiple of 2 MiB.
+    assert sorted(disk.offsets) == [4096, 4096 + MIB // 2, 2 * MIB, 4 * MIB]
     assert engine.segments.fresh.written_bytes > 5 * MIB
     assert not disk.direct, "a descriptor stays open"
+
+
+@pytest.mark.skipif(not _huge_pages_are_given(), reason="the system gives no huge pages")
+def test_pieces_are_huge_pages(engine: StorageEngine) -> None:
+    engine.put(LARGE.blocks())
+    piece = engine.segments._direct._free[0]
+    piece[:] = bytes(piece.nbytes)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(piece))
+    maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    [area] = [each for each in maps[1:] if _has(each, address)]
+    found = re.search(r"^AnonHugePages: +(\d+) kB", area, re.MULTILINE)
+    assert found and int(found[1]) << 10 >= piece.nbytes
+
+
+def _has(area: str, address: int) -> bool:
+    first, end = (int(each, 16) for each in area.split(maxsplit=1)[0].split("-"))
+    return first <= address < end
 
 
 def test_a_small_batch_goes_through_the_page_cache(engine: StorageEngine, disk: DirectDisk) -> None:
