@@ -92,19 +92,24 @@ class HttpRanges:
 
     def __init__(self, num_max: int) -> None:
         """num_max: connections at a time."""
-        self._threads: Final = ThreadPoolExecutor(num_max, thread_name_prefix="antefix-ranges")
+        # Twice as many requests may wait for an answer: each may be sent again while the first one waits.
+        self._threads: Final = ThreadPoolExecutor(2 * num_max, thread_name_prefix="antefix-ranges")
         self._idle: deque[_Link] = deque(maxlen=num_max)
         self._links: set[_Link] = set()
 
-    async def open(self, url: str, start: int, stop: int) -> HttpRange:
-        """The server's answer to a GET of bytes [start, stop), at least one, before its body is read.
+    async def open(self, url: str, start: int, stop: int, *, fresh: bool = False) -> HttpRange:
+        """The server's answer to a GET of bytes [start, stop), at least one, before its body is read. A cancelled call
+        ends its connection.
 
+        fresh: over a new connection.
         Raises:  RangeMissing.  Unavailable: no such answer; the message has no part of the URL's query.
         """
-        opening = self._threads.submit(self._open, url, start, stop)
+        asked = _Asked()
+        opening = self._threads.submit(self._open, url, start, stop, asked, fresh)
         try:
             return await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
+            asked.give_up()
             opening.add_done_callback(_close_opened)
             raise
 
@@ -124,21 +129,23 @@ class HttpRanges:
         link.idle_since_s = time.monotonic()
         self._idle.append(link)
 
-    def _open(self, url: str, start: int, stop: int) -> HttpRange:
+    def _open(self, url: str, start: int, stop: int, asked: _Asked, fresh: bool) -> HttpRange:
         parts = urlsplit(url)
         host, target = parts.netloc, f"{parts.path}?{parts.query}"
         if parts.scheme != "http":
             raise Unavailable(f"{host}: {parts.scheme} is not read in this way")
-        link = self._idle_link(host)
+        link = None if fresh else self._idle_link(host)
         try:
             if link is not None:
                 try:
+                    asked.goes_over(link)
                     return HttpRange(self, link, link.ask(target, start, stop), stop - start)
                 except (OSError, http.client.HTTPException):
                     # The server may have closed this connection meanwhile.
                     self._drop(link)
             link = _Link(host)
             self._links.add(link)
+            asked.goes_over(link)
             return HttpRange(self, link, link.ask(target, start, stop), stop - start)
         except BaseException as err:
             if link is not None:
@@ -159,6 +166,25 @@ class HttpRanges:
     def _drop(self, link: _Link) -> None:
         self._links.discard(link)
         link.close()
+
+
+class _Asked:
+    """One request. `give_up` makes the thread that waits for its answer fail at once; called from another thread."""
+
+    def __init__(self) -> None:
+        self._link: _Link | None = None
+        self._is_given_up = False
+
+    def goes_over(self, link: _Link) -> None:
+        """Raises:  Unavailable: the request was given up."""
+        self._link = link
+        if self._is_given_up:
+            raise Unavailable(f"{link.host}: the request was given up")
+
+    def give_up(self) -> None:
+        self._is_given_up = True
+        if self._link is not None:
+            self._link.shut_down()
 
 
 class _Link:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from antefix.objects.bucket import Bucket
 from antefix.objects.object_index import Place
 from antefix.objects.range_source import MemoryRange, RangeSource
 from antefix.objects.segment_object import SEGMENT_NUMBER
+from antefix.objects.usual_time import UsualTime
 from antefix.record import Buffer, RecordKind
 from antefix.store_files import codec
 from antefix.store_files.read_runs import Decrypt
@@ -38,7 +40,10 @@ RANGE_BYTES_MAX: Final = 4 << 20
 GAP_BYTES_MAX: Final = 128 << 10
 # How many reads one process has in flight; they take 64 MiB of memory at most.
 READS_IN_FLIGHT: Final = 16
-# The time limit for the bytes of one range that are read straight into their buffers.
+# The time limit for the bytes of one range that are read straight into their buffers: this many times the mean of other
+# ranges, but at least and at most so many seconds.
+_LATE: Final = 8.0
+_LATE_S: Final = 2.0
 _DIRECT_S: Final = 30.0
 
 
@@ -105,6 +110,8 @@ class ObjectReads:
         self._decrypt = decrypt
         self._turns = asyncio.Semaphore(READS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="antefix-objects")
+        # How long the bytes of a range take.
+        self._usual = UsualTime(None, factor=_LATE, least_s=_LATE_S, most_s=_DIRECT_S)
         self.counters: Final = ObjectReadCounters()
 
     async def read(self, kind: RecordKind, wanted: list[ObjectWanted], *, fingerprint: bytes, tenant: bytes) -> None:
@@ -131,12 +138,17 @@ class ObjectReads:
         source = await self._bucket.open_range(segment.name, start, stop)
         if source is None:
             return wanted
+        limit_s, began_s = self._usual.late_s, time.monotonic()
         try:
-            async with asyncio.timeout(_DIRECT_S):
+            async with asyncio.timeout(limit_s):
                 await self._take_in_thread(kind, wanted, source, fingerprint, tenant)
-        except (Unavailable, TimeoutError):
+        except (Unavailable, TimeoutError) as err:
+            if isinstance(err, TimeoutError):
+                # If all ranges have become slow, the next ones get more time.
+                self._usual.note(limit_s)
             self.counters.num_broken_ranges += 1
             return [want for want in wanted if not want.is_good and not want.problem]
+        self._usual.note(time.monotonic() - began_s)
         self.counters.num_direct_ranges += 1
         self._count(stop - start)
         return []

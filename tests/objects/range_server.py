@@ -15,10 +15,13 @@ from tests.waiting import AT_MOST_S
 
 @dataclass
 class Manners:
-    """harm: what happens to each answer's body or head; empty: nothing.  hanging: set when an answer hangs."""
+    """harm: what happens to each answer's body or head; empty: nothing.  once: only to the next answer.  hanging: set
+    when an answer hangs.
+    """
 
     directory: Path
     harm: str = ""
+    once: bool = False
     num_requests: int = 0
     num_connections: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -41,7 +44,14 @@ def _handler(manners: Manners) -> type[socketserver.StreamRequestHandler]:
 
         def _answer(self, path: str, start: int, stop: int) -> bool:
             """Whether the connection stays open."""
-            harm, file = manners.harm, manners.directory / path.lstrip("/")
+            file = manners.directory / path.lstrip("/")
+            with manners.lock:
+                harm, manners.harm = manners.harm, "" if manners.once else manners.harm
+            if harm in ("silence", "slow"):
+                manners.hanging.set()
+                manners.released.wait(2 * AT_MOST_S)
+                if harm == "silence":
+                    return False
             if harm == "503" or not file.exists():
                 status = "503 Slow Down" if harm == "503" else "404 Not Found"
                 self.wfile.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n".encode())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from antefix.errors import Unavailable
+from antefix.objects import object_reads, signed_ranges
 from antefix.objects.file_bucket import FileBucket
 from antefix.objects.http_ranges import HttpRanges, RangeMissing
 from antefix.objects.object_tier import ObjectTier
@@ -22,7 +24,7 @@ from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.kvstore.test_compression import PLAN
 from tests.objects.range_server import Manners, range_server
 from tests.objects.small_tier import OWNER, num_restored, upload, url_of
-from tests.waiting import AT_MOST_S
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.asyncio
 # Records of 40 KB, so that a range is longer than what is read ahead with an answer's head.
@@ -54,6 +56,10 @@ class ServedBucket(FileBucket):
     async def close(self) -> None:
         self.ranges.close()
         await super().close()
+
+
+async def _signed(endpoint: str, name: str) -> str:
+    return f"{endpoint}/{name}?signature=x"
 
 
 @pytest.fixture
@@ -155,6 +161,51 @@ async def test_reads_that_fail_together_cost_one_rest(tmp_path, manners, endpoin
     assert source is not None and source.take(10) == bytes(10)
     source.close()
     await bucket.close()
+
+
+async def test_a_request_that_waits_longer_than_others_is_sent_again(tmp_path, manners, endpoint, monkeypatch) -> None:
+    monkeypatch.setattr(signed_ranges, "_LATE_S", 0.1)
+    await upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=100_000)
+    tier, bucket = await served_tier(tmp_path, endpoint)
+    assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+    num_ranges, num_requests = tier.counters.num_ranges, manners.num_requests
+    manners.harm, manners.once = "silence", True
+    assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+    assert manners.hanging.is_set()
+    # One on an idle machine. On a busy one, others may be late too.
+    assert bucket.ranges.num_asked_again == manners.num_requests - num_requests - num_ranges >= 1
+    # The second request was answered: nothing failed, so the library reads nothing, and direct reads do not rest.
+    assert tier.counters.num_direct_ranges == tier.counters.num_ranges == 2 * num_ranges
+    assert bucket.num_library_reads == 0
+    await tier.close()
+
+
+async def test_a_request_that_was_sent_again_may_fail(tmp_path, manners, endpoint, monkeypatch) -> None:
+    monkeypatch.setattr(signed_ranges, "_LATE_S", 0.1)
+    (tmp_path / "object").write_bytes(bytes(1000))
+    ranges = SignedRanges(partial(_signed, endpoint))
+    manners.harm, manners.once = "slow", True
+    opening = asyncio.create_task(ranges.open("object", 0, 10))
+    await asyncio.to_thread(manners.hanging.wait, AT_MOST_S)
+    manners.harm = "503"
+    await until(lambda: manners.num_requests == 2)
+    manners.released.set()
+    source = await opening
+    assert source is not None and source.take(10) == bytes(10)
+    source.close()
+    ranges.close()
+
+
+async def test_a_range_whose_bytes_stop_is_read_by_the_library_soon(tmp_path, manners, endpoint, monkeypatch) -> None:
+    monkeypatch.setattr(object_reads, "_LATE_S", 0.1)
+    await upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=100_000)
+    tier, bucket = await served_tier(tmp_path, endpoint)
+    assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+    manners.harm, manners.once = "hang", True
+    async with asyncio.timeout(object_reads._DIRECT_S / 2):
+        assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+    assert tier.counters.num_broken_ranges == bucket.num_library_reads >= 1
+    await tier.close()
 
 
 async def test_what_was_skipped_last_keeps_no_connection_from_its_next_read(tmp_path, manners, endpoint) -> None:
