@@ -41,7 +41,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
-from benchmarks.spread import over_neighbours, with_spread
+from benchmarks.spread import median_interval, over_neighbours, with_spread
 from benchmarks.store_limits import (
     DIRECT_READERS,
     WARM_READERS,
@@ -64,7 +64,7 @@ REMOTE_BLOCKS = 512
 WARM_ROUNDS = 6
 CLIENT_ROUNDS = 5
 IN_TURN_BLOCKS = 512
-IN_TURN_ROUNDS = 12
+IN_TURN_ROUNDS = 40
 FINGERPRINT = b"F" * 32
 MIB = 1 << 20
 Array = Any
@@ -273,9 +273,11 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
 
 def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) -> dict[str, float]:
     """Durable puts and fio's `writer` in turn. Rounds are short, because a disk that is shared has slow seconds."""
-    tell(f"durable puts next to {writer}, {rounds} short rounds in turn")
     place = directory / "in-turn"
     place.mkdir()
+    # All files are kept until the end, and take at most half of the room that the disk has.
+    rounds = max(1, min(rounds, shutil.disk_usage(place).free // (4 * payloads.nbytes) - 1))
+    tell(f"durable puts next to {writer}, {rounds} short rounds in turn")
     engine = StorageEngine(config_of(place / "store"))
     puts: list[float] = []
 
@@ -293,7 +295,10 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
         limits.append(limit(number + 1))
     engine.close()
     shutil.rmtree(place)
-    out = with_spread("put_over_fio", over_neighbours(puts, limits))
+    found = over_neighbours(puts, limits)
+    low, high = median_interval(found)
+    out = {"put_over_fio_rounds": len(found), "put_over_fio_from": low, "put_over_fio_to": high}
+    out |= with_spread("put_over_fio", found)
     # The ratio of each round of fio to the round before shows how much the disk itself varies.
     return out | with_spread("fio_over_fio", [later / earlier for earlier, later in pairwise(limits)])
 
