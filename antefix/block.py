@@ -14,11 +14,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from antefix.checked_files import parse_json
 from antefix.errors import InvalidRequest
 from antefix.lane_hashes import lane_hashes
 
@@ -154,16 +155,32 @@ def digest_of(statement: bytes) -> bytes:
     return hashlib.blake2b(statement, digest_size=HASH_BYTES, person=b"antefix-name-v2").digest()
 
 
-def hash_kind_of(statement: bytes) -> HashKind:
-    """The kind of block hashes that a fingerprint's statement implies; an empty statement implies the present kind."""
-    return HashKind(json.loads(statement)["hash_kind"]) if statement else HashKind.CHAINED_AES
+def fields_of(statement: bytes) -> dict[str, Any]:
+    """The fields of a fingerprint's statement. Empty if it is not an object of JSON: a store's callers register
+    statements, so anything may be there.
+    """
+    try:
+        fields = parse_json(statement, "the statement") if statement else {}
+    except InvalidRequest:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def hash_kind_of(statement: bytes) -> HashKind | None:
+    """The kind of block hashes that a fingerprint's statement implies; an empty statement implies the present kind.
+    None: a kind that this version does not know, or no statement of ours.
+    """
+    if not statement:
+        return HashKind.CHAINED_AES
+    kind = fields_of(statement).get("hash_kind")
+    return HashKind(kind) if type(kind) is int and kind in set(HashKind) else None
 
 
 def differing_fields(one: bytes, other: bytes) -> tuple[str, ...]:
     """The names of the fields in which two statements differ, in order. Both statements must have this version of the
     naming scheme.
     """
-    mine, theirs = json.loads(one), json.loads(other)
+    mine, theirs = fields_of(one), fields_of(other)
     return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
 

@@ -4,12 +4,12 @@ the object store is in use.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from antefix.block import fields_of
 from antefix.cache_tenant import split_tenant
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog, all_headers
@@ -96,7 +96,7 @@ def _holdings(
                 tenant, user = split_tenant(known.name(header.owner))
                 found[key] = ObjectHolding(
                     fingerprint=header.fingerprint.hex(),
-                    about=json.loads(said.get(header.fingerprint, b"{}")),
+                    about=fields_of(said.get(header.fingerprint, b"")),
                     tenant=tenant,
                     user=user,
                     kind=header.kind,

@@ -5,7 +5,6 @@ Reads the index only, so it may run while a service uses the store. Blocks witho
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from antefix.block import fields_of
 from antefix.cache_tenant import split_tenant
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.own_files import read_small
@@ -163,7 +163,7 @@ def _holdings(
     return [
         Holding(
             fingerprint=fingerprints.get(fingerprint, b"").hex(),
-            about=json.loads(statements.get(fingerprints.get(fingerprint, b"")) or b"{}"),
+            about=fields_of(statements.get(fingerprints.get(fingerprint, b""), b"")),
             tenant=whose[owner][0],
             user=whose[owner][1],
             version=2 if owners.get(owner, b"t")[:1] == b"o" else 1,

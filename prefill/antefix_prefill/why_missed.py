@@ -52,7 +52,7 @@ def _what_differs(mine: bytes, other: bytes) -> MissReason:
 async def _is_stored_as(engine: Engine, fingerprint: bytes, statement: bytes, tokens: Tokens, tenant: str) -> bool:
     """Whether the same tenant has these whole blocks of tokens stored under another fingerprint."""
     kind = hash_kind_of(statement)
-    if kind is HashKind.ENGINE_KEY:
+    if kind is None or kind is HashKind.ENGINE_KEY:
         return False
     chain = Chain(fingerprint, engine.keyring.key(tenant), engine.block_size, kind)
     chain.extend(tokens)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from antefix.block import differing_fields, digest_of, hash_kind_of
 from antefix.errors import ConfigError
 from antefix.record import RecordKind
 from antefix_kvstore import check_store as fsck
@@ -216,3 +218,18 @@ def test_what_fits_no_segment_is_copied_in_parts(open_engine: OpenEngine, tmp_pa
     opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     assert not [name for name in opened if str(tmp_path) in name]
     assert fsck.fsck(tmp_path / "store").sound
+
+
+@pytest.mark.parametrize("statement", [b"junk", b"[1]", b"5", b"\xff", b"[" * 9999])
+def test_a_store_with_statements_of_nobody_is_described(
+    open_engine: OpenEngine, tmp_path: Path, statement: bytes
+) -> None:
+    engine = open_engine()
+    digest = digest_of(statement)
+    engine.register(digest, BLOCK, {}, statement=statement)
+    engine.put([dataclasses.replace(record, fingerprint=digest) for record in Prompt([1] * BLOCK * 3).blocks()])
+    engine.close()
+    (holding,) = inspect.inspect(tmp_path / "store").holdings
+    assert inspect.render(inspect.inspect(tmp_path / "store"))
+    assert (holding.about, holding.num_records) == ({}, 3)
+    assert hash_kind_of(statement) is None and differing_fields(statement, b'{"a":1}') == ("a",)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from antefix import rpc
+from antefix.block import digest_of
 from antefix.record import RecordKind
 from antefix.store.local_store import LocalStore
 from antefix.store.remote_store import RemoteStore
@@ -101,6 +102,17 @@ async def test_tokens_stored_under_another_fingerprint_are_told_to_their_tenant_
     await run(tenant="acme", fingerprint=b"\x07" * 32)
     assert (await run(tenant="acme")).miss_reason == "fingerprint_differs"
     assert (await run(tenant="other")).miss_reason == "first_seen"
+
+
+@pytest.mark.parametrize(
+    "statement", [b"junk", b"[1]", b"null", b'{"hash_kind":99}', b'{"hash_kind":[1]}', b"[" * 9999]
+)
+async def test_statements_of_others_end_no_request(service, run, statement):
+    """Anyone who may write to the store may register one, and a later version may have other kinds of names."""
+    await run(fingerprint=b"\x07" * 32)
+    service.engine.register(digest_of(statement), 64, {}, statement=statement)
+    report = await run(TOKENS[::-1].copy())
+    assert (report.hit_tokens, report.miss_reason) == (0, "first_seen")
 
 
 async def test_a_worker_that_borrows_names_writes_nothing_under_them(run):

@@ -23,6 +23,7 @@ from antefix.block import (
     differing_fields,
     digest_of,
     exactness_of,
+    fields_of,
     hash_kind_of,
 )
 from antefix.cache_tenant import join_tenant, split_tenant
@@ -235,13 +236,15 @@ class Whose:
         """The block names of these tokens for the same tenant under another known fingerprint with blocks of the same
         size.
         """
-        digest = digest_of(statement)
+        digest, kind = digest_of(statement), hash_kind_of(statement)
+        if kind is None:
+            raise InvalidRequest(f"this version cannot compute the names of fingerprint {digest.hex()}")
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
             key=keyring.key(self.tenant),
             block_size=self.identity.geometry.block_size,
-            kind=hash_kind_of(statement),
+            kind=kind,
         )
         return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
 
@@ -260,10 +263,10 @@ def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> I
     own = mine.fingerprint.statement
     for statement in statements(directory).values():
         fields = differing_fields(own, statement)
-        # Names that an engine makes itself cannot be computed from tokens.
-        is_named_by_tokens = hash_kind_of(statement) is not HashKind.ENGINE_KEY
+        # Names that an engine or a later version makes cannot be computed from tokens here.
+        is_named_by_tokens = hash_kind_of(statement) not in (None, HashKind.ENGINE_KEY)
         if fields and "geometry" not in fields and is_named_by_tokens:
-            said = json.loads(statement)
+            said = fields_of(statement)
             label = ", ".join(f"{name} {said.get(name)}" for name in fields)
             names = mine.names_under(statement, tokens, keyring, label)
             yield replace(names, reason=MissReason.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
