@@ -30,3 +30,12 @@ async def test_a_length_is_taken(length):
 async def test_an_answer_that_lists_no_models_is_a_worker_that_cannot_serve(text):
     with pytest.raises(Unavailable):
         await models(text)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+async def test_an_answer_that_no_client_could_read_is_of_a_worker_that_failed(number):
+    text = f'{{"choices": [{{"logprobs": [0.5, {number}]}}]}}'
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+    async with httpx.AsyncClient(transport=transport) as http:
+        with pytest.raises(Unavailable, match=r"not finite: choices\[0\]\.logprobs\[1\]"):
+            await OpenAIDoor(EnginePlace(url="http://worker"), http).whole("/v1/completions", {}, 5.0)

@@ -138,7 +138,7 @@ def _read(url: str, key: str) -> dict[str, Any]:
         raise Unavailable(
             f"the server at {url} answered with status {err.code}: is it a router of this version?"
         ) from err
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise Unavailable(f"no router answers at {url}: {err}") from err
     if not isinstance(data, dict) or "workers" not in data:
         raise Unavailable(f"the server at {url} is not a router's HTTP API")

@@ -180,7 +180,7 @@ async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             return
         try:
             event = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict):
             yield event
@@ -190,7 +190,7 @@ def _refused(status: int, body: str, headers: httpx.Headers, timing: _Timing) ->
     try:
         error = json.loads(body)["error"]
         said = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         said = body
     return Reply(
         status=status,

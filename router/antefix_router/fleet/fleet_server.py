@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from antefix import rpc
+from antefix.checked_files import parse_json
 from antefix.errors import InvalidRequest
 from antefix.secret import Keyring, create_secret_file
 from antefix.security.identity import Role
@@ -51,10 +51,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         self, request: fleet_pb2.ExplainRequestRequest, context: rpc.Context
     ) -> fleet_pb2.ExplainRequestResponse:
         router = self._router
-        try:
-            body = json.loads(request.body)
-        except ValueError as err:
-            raise InvalidRequest(f"the body is not JSON: {err}") from err
+        body = parse_json(request.body, "the body")
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
         # A caller that may use this call may ask about any tenant.

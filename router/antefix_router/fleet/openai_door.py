@@ -17,6 +17,7 @@ from antefix.errors import DeadlineExceeded, Overloaded, Unavailable
 from antefix.whole_number import whole_number
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.gateway.http_errors import PassedError
+from antefix_router.gateway.text_check import path_of_no_number
 
 # The timeout for beginning a call. Each request has its own limit for the answer.
 CONNECT_S: Final = 5.0
@@ -99,7 +100,11 @@ class OpenAIDoor:
 
     async def whole(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """The worker's answer as one JSON object.  Raises: as `events`."""
-        return await self._json("POST", path, body, timeout_s)
+        answer = await self._json("POST", path, body, timeout_s)
+        if (where := path_of_no_number(answer)) is not None:
+            # The answer could not be passed to the client, since JSON has neither NaN nor infinity.
+            raise Unavailable(f"{self.place.address} answered with a number that is not finite: {where}")
+        return answer
 
     async def events(self, path: str, body: dict[str, Any], timeout_s: float) -> AsyncGenerator[str, None]:
         """The server-sent events of an answer: the text after each `data: `, without the final `[DONE]`.

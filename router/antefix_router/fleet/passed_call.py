@@ -164,7 +164,7 @@ class PassedGeneration(Generation):
         """
         try:
             piece = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return data
         if not isinstance(piece, dict):
             return data
