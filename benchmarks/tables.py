@@ -31,6 +31,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "grants.json": ("antefix/security",),
     "index_readers.json": ("antefix/store_files",),
     "threads_bound.json": ("antefix/model",),
+    "unusable_kv.json": ("antefix/model/finite.py", "antefix/model/pool.py", "antefix/model/quant.py"),
     "ranks_on_cards_services.json": ("antefix/model", "prefill/antefix_prefill/worker"),
 }
 # Records of code that has been replaced. Documents show them next to the present figures, or as what was tried.
