@@ -90,6 +90,8 @@ def provenance(file: str, record: Any) -> str:
         named.append(
             f"{repeated['part']} run again at {repeated['commit'][:8]}, {repeated['date'][:10]}: the same figures"
         )
+    if runs := record.get("runs"):
+        named.append(f"added to {len(runs)} earlier run{'s' * (len(runs) > 1)}, which the record names")
     if file in tables.HISTORY:
         named.append("of earlier code, kept for comparison")
     return f"*benchmarks/results/{file}: {'; '.join(part for part in named if part) or 'of an unnamed run'}.*"

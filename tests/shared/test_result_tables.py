@@ -180,3 +180,10 @@ def test_a_run_that_named_no_commit_is_said_to_be_one(results, one_record):
     one_record(cold=1.0, recorded={"commit": "0123abcd", "date": "2026-11-22"})
     after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
     assert "the run named no commit; recorded in 0123abcd, 2026-11-22" in after
+
+
+def test_a_record_of_several_runs_says_so(results):
+    run = {"commit": "c" * 40, "date": "2026-01-01", "command": "python benchmarks/faults.py --add"}
+    assert "earlier run" not in results.provenance("faults_recovery.json", run)
+    assert "added to 1 earlier run, which" in results.provenance("faults_recovery.json", {**run, "runs": [run]})
+    assert "added to 2 earlier runs, which" in results.provenance("faults_recovery.json", {**run, "runs": [run, run]})
