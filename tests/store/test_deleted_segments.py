@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import shutil
 from pathlib import Path
 
 from antefix.errors import Unavailable
+from antefix.store import local_store
 from antefix.store.local_store import LocalStore
 from antefix.store_files.segment_files import SegmentFiles
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -47,6 +49,23 @@ async def test_a_client_that_reads_no_more_closes_deleted_segments(tmp_path):
     assert len(open_in(segments)) == 1
     for path in segments.iterdir():
         path.unlink()
+    await until(lambda: not open_in(segments), "no deleted segment is open")
+    store.uses.uses.used.clear()
+    await store.close()
+
+
+async def test_a_look_that_a_hanging_disk_forbids_counts_as_no_read(tmp_path, monkeypatch):
+    segments = filled(tmp_path / "store")
+    monkeypatch.setattr(local_store, "SWEEP_S", 0.001)
+    store = LocalStore(tmp_path / "store", "127.0.0.1:1")
+    await read_all(store)
+    hanging = asyncio.get_running_loop().create_future()
+    store.reads._hanging.add(hanging)
+    for path in segments.iterdir():
+        path.unlink()
+    await asyncio.sleep(0.1)
+    assert (len(open_in(segments)), store.breaker.num_spared) == (1, 0)
+    store.reads._hanging.discard(hanging)
     await until(lambda: not open_in(segments), "no deleted segment is open")
     store.uses.uses.used.clear()
     await store.close()
