@@ -12,10 +12,9 @@ All other blocks are read by preadv and then hashed.
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, Final
 
 import numpy as np
@@ -76,6 +75,9 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def part(self, begin: int, end: int) -> Places:
+        return Places(self.segment[begin:end], self.offset[begin:end], self.stored_bytes[begin:end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +166,17 @@ class PlainReads:
             places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, checksums, compiled, rows, files
         )
 
-    def num_first(self, hashes: Sequence[bytes]) -> int:
-        """How many of these blocks to locate before threads begin to read. The others are located meanwhile: machine
-        code does not hold Python's lock. Other threads would wait for it, so then all blocks are located first.
+    def shares(self, num: int) -> Sequence[tuple[int, int]]:
+        """The shares (first, end) in which to locate a request's blocks. Other threads read one share while the next,
+        larger one is located: machine code does not hold Python's lock. Without it, other threads would wait for the
+        lock, so then all blocks are located first.
         """
-        if len(hashes) < _RECORDS_MIN:
-            return 0
-        return len(hashes) if len(hashes) < _LOCATED_LATER_MIN or reads_if_ready() is None else len(hashes) // 4
+        if num < _RECORDS_MIN:
+            return ()
+        if num < _LOCATED_LATER_MIN or reads_if_ready() is None:
+            return ((0, num),)
+        ends = [0, num // 16, num // 4, num]
+        return tuple(pairwise(ends))
 
     def open(self, wanted: PlainRead) -> None:
         """Open the segments.  Raises:  OSError: a segment is gone."""
@@ -185,27 +191,19 @@ class PlainReads:
         while wanted.files:
             self._files.give_back(wanted.files.popitem()[1])
 
-    def read(self, waiting: deque[tuple[PlainRead, Run]]) -> bool:
-        """Read queued runs of blocks until none is left; other threads do the same. Returns False if a run of blocks
-        cannot be read. The read data may be used only after `is_right` has checked all of it.
+    def read(self, wanted: PlainRead, run: Run) -> bool:
+        """Read a run of blocks, while other threads read others. Returns False if the run cannot be read. The read
+        data may be used only after `is_right` has checked all of it.
 
         Between two reads the reader does nothing else, for two reasons. The copied data pushes everything else out of
         the core's caches. Hashing releases Python's lock, for which other threads wait.
         """
-        seals = self._seals
-        while waiting:
-            try:
-                wanted, run = waiting.popleft()
-            except IndexError:
-                break
-            fd, first = wanted.files[run.segment].fd, run.first
-            if wanted.compiled is not None and wanted.rows is not None:
-                first += wanted.compiled.read(fd, wanted.rows, first, run.end)
-            if first < run.end and not _read_then_hash(wanted, run, first, fd):
-                return False
-            if seals is not None and not all(self._is_sealed(seals, wanted, at) for at in range(run.first, run.end)):
-                return False
-        return True
+        fd, first, seals = wanted.files[run.segment].fd, run.first, self._seals
+        if wanted.compiled is not None and wanted.rows is not None:
+            first += wanted.compiled.read(fd, wanted.rows, first, run.end)
+        if first < run.end and not _read_then_hash(wanted, run, first, fd):
+            return False
+        return seals is None or all(self._is_sealed(seals, wanted, at) for at in range(run.first, run.end))
 
     @staticmethod
     def _is_sealed(seals: Seals, wanted: PlainRead, number: int) -> bool:
@@ -220,15 +218,16 @@ class PlainReads:
         )
 
     @staticmethod
-    def is_right(wanted: PlainRead, seed: int) -> bool:
-        """Whether all blocks that were read pass every check. False says neither which block failed nor why."""
-        heads = np.frombuffer(wanted.heads, _HEAD)["header"]
+    def is_right(wanted: PlainRead, seed: int, begin: int, end: int) -> bool:
+        """Whether these blocks, which were read, pass every check. False says neither which one failed nor why."""
+        raw = memoryview(wanted.heads)[begin * _HEAD.itemsize : end * _HEAD.itemsize]
+        heads = np.frombuffer(raw, _HEAD)["header"]
         return (
-            heads["payload_checksum"].tobytes() == wanted.checksums
-            and heads["hash"].tobytes() == b"".join(wanted.hashes)
-            and heads["fingerprint"].tobytes() == wanted.fingerprint * len(wanted)
-            and _lie_at(heads, wanted.places)
-            and _are_sound(wanted.heads, heads, seed)
+            heads["payload_checksum"].tobytes() == wanted.checksums[begin * DIGEST_BYTES : end * DIGEST_BYTES]
+            and heads["hash"].tobytes() == b"".join(wanted.hashes[begin:end])
+            and heads["fingerprint"].tobytes() == wanted.fingerprint * (end - begin)
+            and _lie_at(heads, wanted.places.part(begin, end))
+            and _are_sound(raw, heads, seed)
         )
 
 
@@ -334,9 +333,9 @@ def _lie_at(heads: Array, places: Places) -> bool:
     return bool(good.all())
 
 
-def _are_sound(raw: bytearray, heads: Array, seed: int) -> bool:
+def _are_sound(raw: memoryview, heads: Array, seed: int) -> bool:
     """Whether each header has the right checksum and the magic of the current version."""
-    view, digest = memoryview(raw), xxhash.xxh3_64_intdigest
+    digest = xxhash.xxh3_64_intdigest
     begins = range(RECORD_ALIGN + CHECK_OFFSET, len(raw), _HEAD.itemsize)
-    found = [digest(view[at : at + RECORD_HEADER_BYTES - CHECK_OFFSET], seed) for at in begins]
+    found = [digest(raw[at : at + RECORD_HEADER_BYTES - CHECK_OFFSET], seed) for at in begins]
     return bool((heads["magic"] == RECORD_MAGIC).all()) and heads["header_checksum"].tolist() == found

@@ -9,10 +9,9 @@ still names a record but the segment does not hold it, the record is corrupt; it
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from antefix.own_files import read_small
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.page_cache import PageCache
-from antefix.store_files.plain_reads import PlainRead, PlainReads, Run
+from antefix.store_files.plain_reads import PlainRead, PlainReads
 from antefix.store_files.read_runs import (
     Decrypt,
     RunReader,
@@ -42,6 +41,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.seal import Seals
+from antefix.store_files.shared_read import SharedRead
 
 # Measured on two cores: 2 in flight, 4 MiB each, read a cold file at least as fast as direct I/O of any depth did,
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
@@ -184,51 +184,36 @@ class StoreReader:
     def _read_plainly(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
     ) -> ReadOutcome:
-        """Read leading blocks in many threads, in one part or two. A part counts as read if all of it passed all
+        """Read leading blocks in many threads, in one part or several. A part counts as read if all of it passed all
         checks.
         """
-        located: list[PlainRead] = []
-        waiting: deque[tuple[PlainRead, Run]] = deque()
-        failed = threading.Event()
+        plain, num_helpers = self._plain, self._num_helpers
+        shares = plain.shares(len(hashes))
+        if not shares:
+            return ReadOutcome()
 
-        def locate(first: int, end: int) -> None:
-            part = self._plain.locate(
-                hashes[first:end],
-                into[first:end],
-                fingerprint=fingerprint,
-                tenant=tenant,
-                now_ms=self._clock_ms(),
-                num_threads=self._num_helpers + 1,
-            )
-            self._plain.open(part)
-            located.append(part)
-            waiting.extend((part, run) for run in part.runs)
+        def located() -> Iterator[PlainRead]:
+            for first, end in shares:
+                names, buffers, now_ms = hashes[first:end], into[first:end], self._clock_ms()
+                part = plain.locate(
+                    names, buffers, fingerprint=fingerprint, tenant=tenant, now_ms=now_ms, num_threads=num_helpers + 1
+                )
+                yield part
+                if len(part) < len(names):
+                    return
 
-        def work() -> None:
-            if not self._plain.read(waiting):
-                failed.set()
-                waiting.clear()
-
-        def locate_rest() -> None:
-            if end and len(located[0]) == end < len(hashes):
-                locate(end, len(hashes))
-
+        shared, parts = SharedRead(plain, self.seed, num_helpers + 1), located()
+        if len(shares) == 1:
+            (part,) = parts
+            parts, num_helpers = iter([part]), len(part.runs) - 1
+        num_good = num_bytes = 0
         try:
-            end = self._plain.num_first(hashes)
-            locate(0, end)
-            self._with_helpers(work, len(waiting) - 1, waiting.clear, locate_rest)
+            self._with_helpers(shared.work, num_helpers, shared.stop, lambda: shared.locate_and_work(parts))
         except OSError:
-            failed.set()
+            shared.has_failed = True
         finally:
-            for part in located:
-                self._plain.close(part)
-        outcome = ReadOutcome()
-        for part in () if failed.is_set() else located:
-            if not self._plain.is_right(part, self.seed):
-                break
-            outcome.num_good += len(part)
-            outcome.bytes_read += part.stored_bytes
-        return outcome
+            num_good, num_bytes = shared.close()
+        return ReadOutcome(num_good, num_bytes)
 
     def _read_rest(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
@@ -267,16 +252,15 @@ class StoreReader:
         work: Callable[[], None],
         num_helpers: int,
         stop: Callable[[], None],
-        before: Callable[[], None] = lambda: None,
+        own_work: Callable[[], None] | None = None,
     ) -> None:
         """Do `work` in this thread and at the same time in up to `num_helpers` others; `stop` makes all of them end.
 
-        before: what this thread does first, while the others work already.
+        own_work: what this thread does instead of `work`.
         """
         helpers = [self._pool.submit(work) for _ in range(min(num_helpers, self._num_helpers))]
         try:
-            before()
-            work()
+            (own_work or work)()
             for helper in helpers:
                 # A helper that has not begun yet has nothing left to do.
                 if not helper.cancel():

@@ -23,7 +23,9 @@ from antefix.store_files.checked_copy import (
     used_instead,
 )
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, SEGMENT_DIR, segment_name
+from antefix.store_files.segment_files import OpenFile
 from antefix.store_files.segment_reader import ReadOutcome
+from antefix.store_files.shared_read import SharedRead
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
@@ -75,8 +77,8 @@ def of() -> Prompt:
 
 
 def buffers(num: int = NUM, shift: int = 0) -> list[memoryview]:
-    base = np.zeros(num * PAYLOAD_BYTES + 2 * ALIGN, np.uint8)
-    base = base[-base.ctypes.data % ALIGN + shift :][: num * PAYLOAD_BYTES]
+    base = np.zeros(num * PAYLOAD_BYTES + 4 * ALIGN, np.uint8)
+    base = base[-base.ctypes.data % (2 * ALIGN) + shift :][: num * PAYLOAD_BYTES]
     return [row.data for row in base.reshape(num, PAYLOAD_BYTES)]
 
 
@@ -144,6 +146,53 @@ def test_a_truncated_segment_is_a_miss_and_kills_nobody(
     into = buffers()
     assert engine.reader.read_blocks(of.hashes, into, fingerprint=FINGERPRINT).num_good == 20
     assert is_read(of, into, 20)
+
+
+@pytest.mark.parametrize("shift", [0, ALIGN])
+def test_buffers_of_every_alignment_that_the_code_can_use_are_filled_by_it(
+    open_engine: OpenEngine, of: Prompt, reads: CheckedReads, shift: int
+) -> None:
+    engine, into = open_engine(), buffers(shift=shift)
+    engine.put(of.blocks())
+    assert engine.reader.read_blocks(of.hashes, into, fingerprint=FINGERPRINT).num_good == NUM
+    assert is_read(of, into)
+
+
+def test_a_segment_that_goes_after_the_first_share_leaves_no_thread_waiting(
+    open_engine: OpenEngine, of: Prompt, reads: CheckedReads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain_reads, "_LOCATED_LATER_MIN", 8)
+    engine, into = open_engine(), buffers()
+    engine.put(of.blocks())
+    files, num_borrowed = engine.reader.runs.files, 0
+    borrow = files.borrow
+
+    def borrow_or_fail(segment: int) -> OpenFile:
+        nonlocal num_borrowed
+        num_borrowed += 1
+        if num_borrowed == 2:
+            raise FileNotFoundError(segment)
+        return borrow(segment)
+
+    monkeypatch.setattr(files, "borrow", borrow_or_fail)
+    # All blocks are read again one by one.
+    assert engine.reader.read_blocks(of.hashes, into, fingerprint=FINGERPRINT) == ReadOutcome(NUM, NUM * PAYLOAD_BYTES)
+    assert is_read(of, into)
+    assert num_borrowed > 2
+    assert all(file.num_users == 0 for file in files._files.values())
+
+
+def test_blocks_that_no_thread_has_read_never_count(open_engine: OpenEngine, of: Prompt, reads: CheckedReads) -> None:
+    engine, into = open_engine(), buffers()
+    engine.put(of.blocks())
+    plain = engine.reader._plain
+    part = plain.locate(of.hashes, into, fingerprint=FINGERPRINT, tenant=b"", now_ms=0, num_threads=2)
+    shared = SharedRead(plain, engine.reader.seed, 1)
+    shared.add(part)
+    shared.end()
+    shared.stop()
+    shared.work()
+    assert shared.close() == (0, 0)
 
 
 def test_buffers_that_are_not_aligned_are_filled_without_machine_code(

@@ -1,0 +1,99 @@
+"""Shares one restore of plain blocks out to threads, so that all of them have work from the beginning to the end.
+
+The calling thread locates a few blocks, which the other threads begin to read. Meanwhile it locates the others, in
+larger and larger shares, and then reads too. When no run of blocks is left, other threads may still read their last
+ones. Meanwhile the calling thread checks the headers of all blocks before those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from queue import Empty, SimpleQueue
+
+from antefix.store_files.plain_reads import PlainRead, PlainReads, Run
+
+
+class SharedRead:
+    """What is located, waits to be read, was read and was checked. The calling thread uses all methods, and other
+    threads `work`.
+    """
+
+    def __init__(self, reads: PlainReads, seed: int, num_threads: int) -> None:
+        """num_threads: how many threads read at most, including the calling one."""
+        self._reads = reads
+        self._seed = seed
+        self._num_threads = num_threads
+        self._waiting: SimpleQueue[tuple[int, int, Run] | None] = SimpleQueue()
+        self._parts: list[PlainRead] = []
+        # Per part: for each run a 1 if it was read, how many blocks were checked, and whether all of them were right.
+        self._done: list[bytearray] = []
+        self._checked: list[int] = []
+        self._right: list[bool] = []
+        self.has_failed = False
+
+    def add(self, part: PlainRead) -> None:
+        """Let threads read this part, whose segments are opened here.  Raises:  OSError: a segment is gone."""
+        self._reads.open(part)
+        number = len(self._parts)
+        self._done.append(bytearray(len(part.runs)))
+        self._checked.append(0)
+        self._right.append(True)
+        self._parts.append(part)
+        for at, run in enumerate(part.runs):
+            self._waiting.put((number, at, run))
+
+    def work(self) -> None:
+        """Read run after run, until none is left and none will come."""
+        while (task := self._waiting.get()) is not None:
+            number, at, run = task
+            if self.has_failed or not self._reads.read(self._parts[number], run):
+                self.has_failed = True
+                return
+            self._done[number][at] = 1
+
+    def end(self) -> None:
+        """No more parts will be added."""
+        for _ in range(self._num_threads):
+            self._waiting.put(None)
+
+    def stop(self) -> None:
+        """Let all threads end after the run that they read now."""
+        try:
+            while True:
+                self._waiting.get_nowait()
+        except Empty:
+            self.end()
+
+    def locate_and_work(self, located: Iterable[PlainRead]) -> None:
+        """What the calling thread does.  located: finds one part at a time.  Raises:  OSError: a segment is gone."""
+        for part in located:
+            self.add(part)
+        self.end()
+        self.work()
+        self._check()
+
+    def _check(self) -> None:
+        """Check the headers of all blocks before the first run of each part that is still being read."""
+        for number, part in enumerate(self._parts):
+            first_left = self._done[number].find(0)
+            end = len(part) if first_left < 0 else part.runs[first_left].first
+            begin, self._checked[number] = self._checked[number], end
+            if begin < end and self._right[number]:
+                self._right[number] = self._reads.is_right(part, self._seed, begin, end)
+
+    def close(self) -> tuple[int, int]:
+        """To be called after all threads have ended. Returns how many leading blocks passed all checks, and their
+        bytes.
+        """
+        for part in self._parts:
+            self._reads.close(part)
+        num_good = num_bytes = 0
+        if self.has_failed:
+            return 0, 0
+        self._check()
+        for part, num_checked, is_right in zip(self._parts, self._checked, self._right, strict=True):
+            if not is_right or num_checked < len(part):
+                break
+            num_good += len(part)
+            num_bytes += part.stored_bytes
+        return num_good, num_bytes
