@@ -1,8 +1,9 @@
 """Shares one restore of plain blocks out to threads, so that all of them have work from the beginning to the end.
 
 The calling thread locates a few blocks, which the other threads begin to read. Meanwhile it locates the others, in
-larger and larger shares, and then reads too. When no run of blocks is left, other threads may still read their last
-ones. Meanwhile the calling thread checks the headers of all blocks before those.
+larger and larger shares, and then reads too. When only a few runs of blocks are left, it checks the headers of all
+blocks that were read so far, while the other threads read on. So all threads end at about the same time, and hardly any
+header is left to check then.
 """
 
 from __future__ import annotations
@@ -44,12 +45,19 @@ class SharedRead:
 
     def work(self) -> None:
         """Read run after run, until none is left and none will come."""
-        while (task := self._waiting.get()) is not None:
-            number, at, run = task
-            if self.has_failed or not self._reads.read(self._parts[number], run):
-                self.has_failed = True
-                return
-            self._done[number][at] = 1
+        while self._read_one():
+            pass
+
+    def _read_one(self) -> bool:
+        task = self._waiting.get()
+        if task is None:
+            return False
+        number, at, run = task
+        if self.has_failed or not self._reads.read(self._parts[number], run):
+            self.has_failed = True
+            return False
+        self._done[number][at] = 1
+        return True
 
     def end(self) -> None:
         """No more parts will be added."""
@@ -69,8 +77,12 @@ class SharedRead:
         for part in located:
             self.add(part)
         self.end()
-        self.work()
+        # One run for each thread, and what `end` added.
+        num_last = 2 * self._num_threads
+        while self._waiting.qsize() > num_last and self._read_one():
+            pass
         self._check()
+        self.work()
 
     def _check(self) -> None:
         """Check the headers of all blocks before the first run of each part that is still being read."""
