@@ -71,8 +71,9 @@ class CheckedReads:
 
     def _buffer(self) -> int:
         if not hasattr(self._local, "address"):
-            # A piece may be 1,024 bytes longer, so that the last one is not too short. The header is before the first.
-            kept = mmap.mmap(-1, _PIECE_BYTES + 2 * mmap.PAGESIZE)
+            # A piece may be 1,024 bytes longer, so that the last one is not too short. The header is before the first,
+            # and the code chooses where in the first 2,112 bytes it begins.
+            kept = mmap.mmap(-1, _PIECE_BYTES + 4096)
             self._local.kept, self._local.address = kept, _address_of(_byte_of(kept))
         return int(self._local.address)
 

@@ -26,6 +26,7 @@ _PREADV2 = ir.FunctionType(_WORD, [_INT, _POINTER, _INT, _WORD, _INT])
 _STRIPE, _STRIPES_PER_BLOCK, _BLOCK = 64, 16, 1024
 # Bytes of the widest store that is used.
 _WIDE: Final = 32
+_PAGE: Final = 4096
 
 _PRIME32_1, _PRIME32_2, _PRIME32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 _PRIME64_1, _PRIME64_2, _PRIME64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
@@ -91,6 +92,10 @@ def _define_read(module: ir.Module, secret: Any, piece_bytes: int) -> None:
     offset, into, nbytes, header, digest = (b.load(b.gep(fields, [_WORD(each)])) for each in range(ROW_WORDS))
     # The kernel copies faster if source and buffer lie at the same place of a cache line.
     record = _at(b, buffer, b.and_(offset, _WORD(_STRIPE - 1)))
+    # If a block's place lies shortly after its bytes in the buffer, modulo a page, loads wait for stores before them.
+    ahead = b.sub(into, b.ptrtoint(_at(b, record, _WORD(RECORD_HEADER_BYTES)), _WORD))
+    is_short = b.icmp_unsigned("<", b.and_(ahead, _WORD(_PAGE - 1)), _WORD(_PAGE // 4))
+    record = _at(b, record, b.select(is_short, _WORD(_PAGE // 2), _WORD(0)))
     payload = _at(b, record, _WORD(RECORD_HEADER_BYTES))
     b.branch(piece)
 
