@@ -43,9 +43,10 @@ class HostRows:
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
         """Host memory that is to be filled with the blocks' payloads. Its present contents mean nothing."""
-        # Indexing a NumPy array costs a tenth of indexing a tensor: of 512 rows, 0.3 ms instead of 3.
-        host = self._host.numpy()
-        return [host[block_id].data for block_id in block_ids]
+        # Slicing a memoryview costs a fraction of indexing an array or a tensor, and no read begins before.
+        nbytes = self._host.shape[1]
+        host = self._host.numpy().reshape(-1).data
+        return [host[block_id * nbytes : (block_id + 1) * nbytes] for block_id in block_ids]
 
     def send(self, block_ids: Iterable[int]) -> None:
         """Copy payloads that have arrived in host memory to the GPU. When this method returns, the host rows may be

@@ -5,6 +5,7 @@ Shapes:  N = tokens, M = streams, D = hidden size, R = RoPE dims.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -20,9 +21,16 @@ class Attend(Protocol):
     def __call__(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: ...
 
 
-def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int, attend: Attend) -> Tensor:
+def run_layers(
+    model: Model,
+    tokens: Tensor,
+    positions: Tensor,
+    num_tokens: int,
+    attend: Attend,
+    after_layer: Callable[[], None] | None = None,
+) -> Tensor:
     """The streams [N, M, D] after the last layer. tokens, positions [N]: the first `num_tokens` rows are tokens, the
-    rest is padding.
+    rest is padding. after_layer: called after each layer (`antefix.model.pauses`).
     """
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
@@ -34,4 +42,6 @@ def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int,
         streams = expand(streams, output, post, comb)
         x, post, comb = layer.ffn_hc.normed(streams, layer.post_attention_layernorm)
         streams = expand(streams, layer.mlp(x, live), post, comb)
+        if after_layer is not None:
+            after_layer()
     return streams

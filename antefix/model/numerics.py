@@ -69,14 +69,15 @@ def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package that compiles our kernels is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def has_kernels(x: Tensor) -> bool:
     """Whether per-token computations on `x` use our kernels: on a GPU with Triton, no gradients, not in float64."""
     # Called some hundred times per step, so the usual answer comes first.
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and _has_triton()
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and has_triton()
 
 
 def is_plain(a: Tensor, b: Tensor) -> bool:

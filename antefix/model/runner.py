@@ -33,6 +33,7 @@ from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.parted_layers import PartedLayers
+from antefix.model.pauses import layers_pause
 from antefix.model.pool import BlockPool
 from antefix.model.row_threads import parts_of
 from antefix.model.step_threads import step_threads
@@ -267,7 +268,10 @@ def _run_items(
     last = [item.stop - 1 for item in items]
     # 3. Window states advance only when tokens are kept, so that a failed call can be repeated.
     if found is None:
-        streams = run_layers(model, tokens, positions, num_tokens, attend)
+        # Work of a pause would reach other ranks, and experts on the host, in the middle of this call.
+        may_pause = not single and model.lead is None and model.ranks is None and model.offload is None
+        after_layer = layers_pause(model.device) if may_pause else None
+        streams = run_layers(model, tokens, positions, num_tokens, attend, after_layer)
         hidden = model.model.norm(model.model.hc_head(streams))
         wanted = hidden[:num_tokens] if logits == "all" else hidden[last]
     else:

@@ -48,7 +48,7 @@ from antefix.model.seated_chunks import (
 from antefix.model.seated_steps import NUM_COLUMNS, SEAT, SeatedSteps, TokenIds, step_integers
 from antefix.model.seats import Seats
 from antefix.model.step_counters import StepCounters
-from antefix.model.window_state import Sequence
+from antefix.model.window_state import Sequence, WindowState
 
 log = logging.getLogger("antefix.model")
 
@@ -161,6 +161,14 @@ class StepRunner:
             max(len(sequence.block_table) for sequence, _ in batch) * batch[0][0].window.layout.geometry.block_size
         )
         return num_tokens * entries <= _SCORES_MAX
+
+    @torch.inference_mode()
+    def seat_early(self, model: Model, window: WindowState, num_tokens: int) -> None:
+        """Give a window state its seat before `run_chunk` or `run` asks for it, if they will run its next `num_tokens`
+        tokens.
+        """
+        if model.lead is None and (num_tokens == 1 or (self._takes_chunks and num_tokens <= TOKENS_MAX)):
+            self.seats(model).take([window])
 
     def run_chunk(
         self, model: Model, pool: BlockPool, batch: Batch, *, write: bool

@@ -21,15 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from antefix.errors import BlockCorrupt, BlockUnusable, InternalError
-from antefix.layout import BlockLayout, LayerKind
+from antefix.layout import BlockLayout, KVFormat, LayerKind
 from antefix.model.attend import advance_ring
-from antefix.model.finite import MAGNITUDE_MAX, is_usable
+from antefix.model.finite import MAGNITUDE_MAX, are_usable_windows, is_usable
+from antefix.model.host_rows import upload
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
 
 _FIRST_BYTES = 8
@@ -100,12 +102,13 @@ class DraftState:
         return [first.view(torch.uint8), records, self.streams.float().contiguous().view(torch.uint8)]
 
     @classmethod
-    def from_bytes(cls, layout: BlockLayout, position: int, raw: Tensor) -> DraftState:
-        """The draft state of a sequence of `position` tokens. Raises: BlockCorrupt: the state's first position is
-        impossible.
+    def from_bytes(cls, layout: BlockLayout, position: int, data: bytes | memoryview, raw: Tensor) -> DraftState:
+        """The draft state of a sequence of `position` tokens. raw: the bytes of `data` on the device.
+
+        Raises:  BlockCorrupt: the state's first position is impossible.
         """
         window, records_end = layout.geometry.window, cls.fixed_bytes(layout)
-        first = int(raw[:_FIRST_BYTES].clone().view(torch.int64))
+        first = int.from_bytes(data[:_FIRST_BYTES], "little", signed=True)
         if not 0 <= first < position:
             raise BlockCorrupt(
                 f"the window state of a draft module is damaged: at position {position} it cannot begin at {first}"
@@ -150,15 +153,16 @@ class WindowState:
         geometry = self.layout.geometry
         dtype = value_dtype(self.layout.kv_format)
         self._window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
-        self._main: dict[int, CompressorState] = {}
-        self._indexer: dict[int, CompressorState] = {}
-        for layer, kind in enumerate(geometry.layers):
-            if kind is LayerKind.CSA:
-                self._main[layer] = _empty_csa(geometry.csa_ratio, geometry.head_dim, self._window)
-                self._indexer[layer] = _empty_csa(geometry.csa_ratio, geometry.indexer_dim, self._window)
-            elif kind is LayerKind.HCA:
-                tail = self._window.new_zeros(2, geometry.hca_ratio, geometry.head_dim)
-                self._main[layer] = CompressorState(tail, None)
+        csa = [layer for layer, kind in enumerate(geometry.layers) if kind is LayerKind.CSA]
+        hca = [layer for layer, kind in enumerate(geometry.layers) if kind is LayerKind.HCA]
+        # One array for all layers of a kind: on a GPU, an array per layer takes a launch per layer.
+        tails = self._window.new_zeros(len(hca), 2, geometry.hca_ratio, geometry.head_dim)
+        main = _empty_csa(csa, geometry.csa_ratio, geometry.head_dim, self._window)
+        main |= {layer: CompressorState(tail, None) for layer, tail in zip(hca, tails, strict=True)}
+        self._main: dict[int, CompressorState] = dict(sorted(main.items()))
+        self._indexer: dict[int, CompressorState] = _empty_csa(
+            csa, geometry.csa_ratio, geometry.indexer_dim, self._window
+        )
 
     @property
     def window(self) -> Tensor:
@@ -257,24 +261,28 @@ class WindowState:
         Raises:  BlockCorrupt: the number of bytes is not that of a state at this position, with or without a draft
             state. BlockUnusable: it holds NaN, infinity or numbers beyond the limit (`finite.py`).
         """
-        state = cls(layout, position, device)
         nbytes = state_bytes(layout, position)
         more = len(data) - nbytes - DraftState.fixed_bytes(layout)
         if len(data) != nbytes and (more <= 0 or more % 4 or more != 4 * (num_stream_values or more // 4)):
             raise BlockCorrupt(f"window state at position {position} always has {nbytes} bytes, not {len(data)}")
-        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        is_card = torch.device(device).type != "cpu"
+        if is_card and not _are_plainly_usable(layout, position, data):
+            # Values on a GPU are never looked at here: the caller would wait for all work that the GPU has to do.
+            cls.from_bytes(layout, position, data, num_stream_values=num_stream_values)
+        state = cls(layout, position, device)
+        raw = upload(np.frombuffer(bytearray(data), np.uint8), torch.device(device))
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
         state._window = unpack_entries(records, layout).roll(position % window, dims=1)
-        offset = layout.window_bytes
-        for piece in state._float_pieces():
-            nbytes = piece.numel() * piece.element_size()
-            # The slice may be unaligned for floats; the clone is aligned.
-            piece.copy_(raw[offset : offset + nbytes].clone().view(piece.dtype).view(piece.shape))
-            offset += nbytes
-        if offset < len(raw):
-            state.draft = DraftState.from_bytes(layout, position, raw[offset:])
-        if not state.is_usable:
+        # The floats may be unaligned; a clone is aligned.
+        floats = raw[layout.window_bytes : nbytes].clone().view(value_dtype(layout.kv_format))
+        pieces = [piece for piece in state._float_pieces() if piece.numel()]
+        given = floats.split([piece.numel() for piece in pieces])
+        if pieces:
+            torch._foreach_copy_(pieces, [part.view(each.shape) for part, each in zip(given, pieces, strict=True)])
+        if nbytes < len(raw):
+            state.draft = DraftState.from_bytes(layout, position, data[nbytes:], raw[nbytes:])
+        if not is_card and not state.is_usable:
             raise BlockUnusable(
                 f"window state at position {position} holds NaN, infinity or numbers that are too large"
             )
@@ -337,7 +345,31 @@ def state_bytes(layout: BlockLayout, position: int) -> int:
     return layout.checkpoint_bytes + floats * layout.kv_format.float_bytes
 
 
-def _empty_csa(ratio: int, width: int, like: Tensor) -> CompressorState:
-    overlap = like.new_zeros(2, ratio, width)
-    overlap[1] = float("-inf")
-    return CompressorState(like.new_zeros(2, ratio, 2 * width), overlap)
+def _empty_csa(layers: list[int], ratio: int, width: int, like: Tensor) -> dict[int, CompressorState]:
+    if not layers:
+        return {}
+    tails = like.new_zeros(len(layers), 2, ratio, 2 * width)
+    overlaps = like.new_zeros(len(layers), 2, ratio, width)
+    overlaps[:, 1] = float("-inf")
+    return {layer: CompressorState(*rows) for layer, *rows in zip(layers, tails, overlaps, strict=True)}
+
+
+def _are_plainly_usable(layout: BlockLayout, position: int, data: bytes | memoryview) -> bool:
+    """Whether the packed bytes of a state hold only numbers up to the limit, without minus infinity. False only means
+    that the values have to be looked at one by one.
+    """
+    window, record = layout.geometry.window, entry_bytes(layout)
+    dtype = np.dtype("<f8" if layout.kv_format is KVFormat.FLOAT64 else "<f4")
+    raw, end = np.frombuffer(data, np.uint8), state_bytes(layout, position)
+    records, floats = [raw[: layout.window_bytes]], [raw[layout.window_bytes : end].view(dtype)]
+    if end < len(raw):
+        first = end + _FIRST_BYTES
+        records.append(raw[first : first + window * record])
+        floats.append(raw[first + window * record :].view("<f4"))
+    in_range = all(low >= -MAGNITUDE_MAX and high <= MAGNITUDE_MAX for low, high in map(_ends, floats))
+    return in_range and all(are_usable_windows(each.reshape(-1, record), layout) for each in records)
+
+
+def _ends(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The smallest and the largest value; NaN if there is one."""
+    return float(values.min(initial=0)), float(values.max(initial=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from antefix.block import Chain, TokenArray
@@ -38,3 +39,12 @@ def publish_block(
         tokens=tokens,
         salt=engine.keyring.owner(prompt.tenant).hex() if prompt.tenant else "",
     )
+
+
+def publish_blocks(engine: Engine, prompt: NamedTokens, first: int, block_ids: Sequence[int]) -> None:
+    """Blocks `first` and following of the prompt's chain lie in `block_ids`, finished and exact."""
+    if engine.kv_events is None:
+        engine.blocks.publish_all(prompt.chain.hashes[first : first + len(block_ids)], block_ids)
+        return
+    for index, block_id in enumerate(block_ids, first):
+        publish_block(engine, prompt, index, block_id)

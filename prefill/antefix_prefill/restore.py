@@ -7,6 +7,7 @@ an error of the store.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix_prefill.model_step import model_step
 from antefix_prefill.older_names import OlderNames, find_older
-from antefix_prefill.publish_block import publish_block
+from antefix_prefill.publish_block import publish_blocks
 from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
@@ -250,26 +251,62 @@ async def _carry_out(
     """
     if plan.kind is PlanKind.COLD:
         return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
-    window: WindowState | None = None
     if plan.kind is PlanKind.CHECKPOINT:
-        window = await _load_checkpoint(engine, prompt, plan.resume_block, known, report)
-        if window is None:
-            return None
+        loading = asyncio.ensure_future(_load_both(engine, prompt, plan.resume_block, known, report))
+        try:
+            return await uninterrupted(loading)
+        except asyncio.CancelledError:
+            if not loading.cancelled() and loading.exception() is None and (loaded := loading.result()):
+                engine.blocks.release(loaded.block_table)
+            raise
     num_errors = report.store_errors
     table = await load_blocks(engine, prompt, plan.resume_block, report, known.older)
     if len(table) < plan.resume_block:
-        known.num_blocks, known.num_in_store = len(table), min(known.num_in_store, len(table))
-        known.came_short = True
-        known.store_failed |= report.store_errors > num_errors
-        engine.blocks.release(table)
+        _correct(engine, known, table, failed=report.store_errors > num_errors)
         return None
-    if window is not None:
-        return Sequence(block_table=table, window=window)
     try:
         return await _replay(engine, prompt, plan, table, report)
     except BaseException:
         engine.blocks.release(table)
         raise
+
+
+async def _load_both(
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+) -> Sequence | None:
+    """A sequence at the checkpoint at `block`. The checkpoint is read and unpacked while the blocks are read. Returns
+    None as `_carry_out`. The caller must not cancel this call.
+    """
+    of_window, num_errors = RestoreReport(), report.store_errors
+    table, window = await asyncio.gather(
+        load_blocks(engine, prompt, block, report, known.older),
+        _load_checkpoint(engine, prompt, block, known, of_window),
+        return_exceptions=True,
+    )
+    failed = report.store_errors > num_errors
+    report.bytes_read += of_window.bytes_read
+    report.store_errors += of_window.store_errors
+    if isinstance(table, BaseException):
+        raise table
+    if isinstance(window, BaseException):
+        engine.blocks.release(table)
+        raise window
+    if len(table) < block:
+        _correct(engine, known, table, failed=failed)
+        return None
+    if window is None:
+        # The blocks stay in memory, where the next plan finds them.
+        engine.blocks.release(table)
+        return None
+    return Sequence(block_table=table, window=window)
+
+
+def _correct(engine: Engine, known: _Known, table: list[int], *, failed: bool) -> None:
+    """Only these blocks could be loaded."""
+    known.num_blocks, known.num_in_store = len(table), min(known.num_in_store, len(table))
+    known.came_short = True
+    known.store_failed |= failed
+    engine.blocks.release(table)
 
 
 async def _load_checkpoint(
@@ -281,7 +318,12 @@ async def _load_checkpoint(
     if data is not None:
         try:
             position, streams = block * engine.block_size, engine.num_stream_values
-            return WindowState.from_bytes(engine.layout, position, data, engine.device, num_stream_values=streams)
+            window = WindowState.from_bytes(engine.layout, position, data, engine.device, num_stream_values=streams)
+            if (runner := engine.ops.step_runner) is not None:
+                # Now, because the blocks are still being read.
+                rest = prompt.num_tokens - position
+                await engine.compute.run(runner.seat_early, engine.model, window, rest)
+            return window
         except BlockCorrupt as err:
             engine.counters.note(err)
             report.store_errors += 1
@@ -344,8 +386,7 @@ async def load_blocks(
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
-    for index, block_id in enumerate(fresh[:num_read], len(table)):
-        publish_block(engine, prompt, index, block_id)
+    publish_blocks(engine, prompt, len(table), fresh[:num_read])
     engine.blocks.release(fresh[num_read:])
     return table + fresh[:num_read]
 

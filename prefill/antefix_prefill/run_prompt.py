@@ -132,7 +132,9 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
 
 def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
     grid = (first // engine.prefill_chunk + 1) * engine.prefill_chunk
-    return min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
+    stop = min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
+    # Where bits depend on shapes, a chunk must be as long as in any other run of the prompt.
+    return first + engine.compute.chunk_tokens_max(stop - first) if engine.align_tokens == 1 else stop
 
 
 def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:

@@ -11,6 +11,7 @@ from antefix.model.card_pool import CardPool
 from antefix.model.finite import MAGNITUDE_MAX, are_numbers, is_usable, unusable_on_card, unusable_rows
 from antefix.model.pool import BlockPool
 from antefix.model.quant import pack, unpack, width_of
+from antefix.model.window_state import DraftState, _are_plainly_usable, state_bytes
 from tests.model.test_block_pool import layout as layout_in
 
 
@@ -122,3 +123,32 @@ def test_logits():
     assert are_numbers(good) and are_numbers(good[:0])
     for bad in (np.nan, np.inf, -np.inf):
         assert not are_numbers(np.append(good, np.float32(bad)))
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_packed_window_state_passes_unless_a_value_of_it_must_be_looked_at(layout, drafts):
+    """Compares with decoding: a state whose bytes pass is usable."""
+    position = 3 * layout.geometry.block_size - 1
+    state = WindowState(layout, position)
+    for piece in (state.window, *state._float_pieces()):
+        piece.copy_(torch.randn(piece.shape, generator=torch.Generator().manual_seed(0)))
+    if drafts:
+        state.draft = DraftState.empty(layout, 0)
+        state.draft.end, state.draft.streams = position - 1, torch.randn(64)
+    data = state.to_bytes()
+    assert _are_plainly_usable(layout, position, data)
+    num_refused = 0
+    first = state_bytes(layout, position)
+    for at in range(1, len(data), 37):
+        if first <= at <= first + 8:
+            continue  # where a draft state begins is checked by itself
+        for two in (b"\x80\x7f", b"\xff\xff"):
+            changed = bytearray(data)
+            changed[at - 1 : at + 1] = two
+            passes = _are_plainly_usable(layout, position, bytes(changed))
+            num_refused += not passes
+            if passes:
+                WindowState.from_bytes(layout, position, bytes(changed))
+    assert num_refused > 0
+    empty = WindowState(layout, layout.geometry.block_size)
+    assert _are_plainly_usable(layout, empty.position, empty.to_bytes()) == (layout.overlap_bytes == 0)

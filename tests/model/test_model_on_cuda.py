@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from antefix.errors import BlockUnusable
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, ModelConfig, Sequence, WindowState, forward, init_weights
 
@@ -83,3 +84,24 @@ def test_fp8_records_and_logits_agree_with_the_cpus(cuts: list[int]) -> None:
     assert ((got - want).abs().amax(-1) / want.abs().max()).median() < 5e-2
     written = np.frombuffer(rows, np.uint8)[: 3 * len(rows) // 16]
     assert (written == np.frombuffer(rows_on_card, np.uint8)[: len(written)]).mean() > 0.8
+
+
+@pytest.mark.parametrize("num_tokens", [64, 77])
+def test_a_window_state_read_on_a_card_is_the_one_that_was_written(num_tokens):
+    """64: a checkpoint, at a block boundary. 77: a handoff, with unfinished groups."""
+    model = build("cpu", KVFormat.FP8, torch.float32)
+    pool, tokens = BlockPool(model.layout, 8), np.arange(num_tokens, dtype=np.uint32) % 64
+    sequence = Sequence(pool.allocate(8), WindowState.zeros(model.layout, 0))
+    forward(model, pool, [(sequence, tokens)])
+    data = sequence.window.to_bytes()
+    read = WindowState.from_bytes(model.layout, num_tokens, data, "cuda")
+    assert read.to_bytes() == data
+    assert torch.equal(read.window.cpu(), WindowState.from_bytes(model.layout, num_tokens, data).window)
+    # Minus infinity is the gate of a group without tokens.
+    empty = WindowState.zeros(model.layout, 64).to_bytes()
+    assert WindowState.from_bytes(model.layout, 64, empty, "cuda").to_bytes() == empty
+    for at in (0, len(data) - 2):
+        broken = bytearray(data)
+        broken[at : at + 2] = b"\x7f\x7f"
+        with pytest.raises(BlockUnusable):
+            WindowState.from_bytes(model.layout, num_tokens, bytes(broken), "cuda")

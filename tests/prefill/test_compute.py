@@ -5,8 +5,12 @@ import threading
 import time
 
 import pytest
+import torch
 
+from antefix.model.pauses import layers_pause
 from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker import chunk_parts
+from antefix_prefill.worker.chunk_parts import ChunkParts
 from antefix_prefill.worker.compute_thread import (
     OLDEST_EVERY,
     TOGETHER_TOKENS,
@@ -284,3 +288,55 @@ async def test_a_tenant_that_has_no_steps_yet_waits_for_none_with_its_chunk(monk
 async def test_alone_a_tenants_chunks_and_steps_take_turns(monkeypatch):
     order = await steps_and_chunks({"greedy"}, ["greedy"] * 3, monkeypatch)
     assert "sss" not in order.rpartition("c")[0], order
+
+
+async def test_small_jobs_run_between_the_layers_of_a_chunk():
+    thread, running, order = ComputeThread("test"), threading.Event(), []
+
+    def chunk():
+        running.set()
+        after_layer = layers_pause(torch.device("cpu"))
+        while len(order) < 2:  # steps that never run would let this test time out
+            after_layer()
+        order.append("chunk")
+
+    def step():
+        assert layers_pause(torch.device("cpu")) is None
+        order.append("step")
+
+    async with asyncio.timeout(AT_MOST_S):
+        task = asyncio.create_task(thread.run_chunk(1, 0.0, chunk))
+        await asyncio.to_thread(running.wait, AT_MOST_S)
+        for _ in range(2):
+            await thread.run_step(None, step)
+        await task
+    assert order == ["step", "step", "chunk"]
+    thread.close()
+
+
+def test_a_chunk_is_cut_to_what_a_part_computes_within_the_limit(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(chunk_parts.time, "perf_counter", lambda: clock[0])
+    parts = ChunkParts(0.05)
+    assert parts.tokens_max(8192) == 8192
+    for longest_s, wanted in ((0.04, 8192), (0.1, 3072), (1.0, 1024), (0.05, 8192)):
+        parts.begin()
+        for part_s in (longest_s / 2, longest_s, 0.001):
+            clock[0] += part_s
+            # The time of a step in a pause is no part of the chunk.
+            parts.paused(clock[0], clock[0] + 5.0, 0.0)
+            clock[0] += 5.0
+        parts.end(8192)
+        assert parts.tokens_max(8192) == wanted and parts.tokens_max(100) == 100
+        assert parts.paused_s == pytest.approx(15.0)
+
+
+async def test_chunks_are_cut_only_while_steps_run():
+    thread = ComputeThread("test", step_delay_max_s=1e-9)
+    await thread.run_piece(1, 0.0, lambda pieces: pieces, "piece", 4096)
+    assert thread.chunk_tokens_max(4096) == 4096
+    thread.stepping_for({"tenant": 1})
+    assert thread.chunk_tokens_max(4096) == chunk_parts.TOKENS_MIN
+    thread.stepping_for({})
+    assert thread.chunk_tokens_max(4096) == 4096
+    thread.close()

@@ -77,6 +77,17 @@ class Books(RuleBasedStateMachine):
                     self.content[block] = index
                 self.blocks.release(named)
 
+    @rule(block_ids=held)
+    def publish_all(self, block_ids):
+        if block_ids not in self.uses or any(block in self.content for block in block_ids):
+            return
+        self.blocks.publish_all([name(index) for index in range(len(block_ids))], block_ids)
+        for index, block in enumerate(block_ids):
+            named = self.blocks.take([name(index)])
+            if named == [block]:
+                self.content[block] = index
+            self.blocks.release(named)
+
     @rule(block_ids=consumes(held))
     def release(self, block_ids):
         if block_ids in self.uses:
@@ -110,3 +121,20 @@ def test_too_much_at_once_takes_nothing():
     with pytest.raises(Overloaded):
         blocks.allocate(3)
     assert len(blocks.allocate(2)) == 2
+
+
+def test_routers_hear_of_blocks_that_are_published_together():
+    told, names = [], [name(index) for index in range(4)]
+    for together in (False, True):
+        blocks = ResidentBlocks(FakePool())
+        ids = blocks.allocate(4)
+        before = blocks.events.cursor
+        blocks.publish(names[3], ids[3])
+        if together:
+            blocks.publish_all(names[:3], ids[:3])
+        else:
+            for each, block in zip(names[:3], ids[:3], strict=True):
+                blocks.publish(each, block)
+        assert blocks.take(names) == ids
+        told.append(b"".join(event.hashes for event in blocks.events.since(before).events))
+    assert told[0] == told[1] and len(told[0]) > 0

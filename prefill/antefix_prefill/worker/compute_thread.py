@@ -4,6 +4,9 @@
     chunks        of the tenant that has had the least time; of its prompts, the one with the least work left, and every
                   few turns the one that began first, so that a stream of short prompts starves nobody
 
+On a GPU, small jobs also run between the layers of a long chunk (`antefix.model.pauses`), so a decode step waits for
+one layer of a chunk. While steps run, chunks have no more tokens than a layer computes within `step_delay_max_s`.
+
 So a prompt with few tokens left after a hit waits for the running chunk of a long prompt and for at most one more
 chunk, never for the whole long prompt. Chunks of such short prompts that wait at the same time run as one call of the
 model, because most of the cost of a call is fixed. If several tenants want the worker, such a joint call takes no
@@ -31,7 +34,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
+from antefix.model.pauses import with_pauses
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
+from antefix_prefill.worker.chunk_parts import ChunkParts
 
 log = logging.getLogger("antefix_prefill.worker")
 
@@ -67,6 +72,9 @@ _RECENT_S = 1.0
 _NUM_RECENT_MAX = 256
 # How long the thread waits for a step whose turn it is. The event loop needs some milliseconds between two steps.
 STEP_COMES_S = 0.01
+
+# For how long a part of a chunk may keep a decode step waiting, if the settings say nothing else.
+STEP_DELAY_MAX_S = 0.05
 
 # The tenant of the request that the present task works for, and that tenant's share.
 _tenant: ContextVar[tuple[str, int]] = ContextVar("antefix_compute_tenant", default=("", 1))
@@ -124,7 +132,9 @@ class _Job:
 class ComputeThread:
     """Runs calls of the model one after another, off the event loop. torch spreads each call over the cores."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, step_delay_max_s: float = STEP_DELAY_MAX_S) -> None:
+        """step_delay_max_s: for how long a part of a chunk may keep a decode step waiting."""
+        self._parts_of_chunks = ChunkParts(step_delay_max_s)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -218,6 +228,12 @@ class ComputeThread:
         with self._lock:
             return self._owing.union(job.tenant for job in self._chunks)
 
+    def chunk_tokens_max(self, num_tokens: int) -> int:
+        """How many of `num_tokens` tokens the next chunk may have, so that it delays the running steps by at most
+        `step_delay_max_s`.
+        """
+        return self._parts_of_chunks.tokens_max(num_tokens) if self._stepping else num_tokens
+
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
@@ -249,16 +265,46 @@ class ComputeThread:
         begun = time.perf_counter()
         for job in jobs:
             self.wait_s.labels(job.kind).observe(begun - job.asked)
-        _run(jobs)
+        if jobs[0].remaining is None:
+            self._run_small(jobs[0])
+            return
+        parts = self._parts_of_chunks
+        parts.begin()
+        with with_pauses(self._pause):
+            _run(jobs)
+        parts.end(sum(job.together.num_tokens for job in jobs if job.together is not None))
+        took = time.perf_counter() - begun - parts.paused_s
+        self.busy_s.labels("chunk").observe(took)
+        self._steps_first_s = took - parts.repaid_s
+        self._charge(jobs, took)
+
+    def _run_small(self, job: _Job) -> float:
+        """Run a small job. Returns how much of the time that chunks took counts as given back to steps."""
+        begun = time.perf_counter()
+        job.run()
         took = time.perf_counter() - begun
-        self.busy_s.labels(jobs[0].kind).observe(took)
-        if jobs[0].remaining is not None:
-            self._steps_first_s = took
-            self._charge(jobs, took)
-        else:
-            self._steps_first_s -= took if jobs[0].repaid_s is None else jobs[0].repaid_s
-            if self._steps_first_s <= 0:
-                self._owing = frozenset()
+        self.busy_s.labels(job.kind).observe(took)
+        repaid_s = took if job.repaid_s is None else job.repaid_s
+        self._steps_first_s -= repaid_s
+        if self._steps_first_s <= 0:
+            self._owing = frozenset()
+        return repaid_s
+
+    def _pause(self) -> bool:
+        """Run the small jobs that wait now. Called by the compute thread between the layers of a chunk. Returns whether
+        steps are running.
+        """
+        with self._lock:
+            jobs, owing = list(self._small), self._owing
+            self._small.clear()
+        begun, repaid_s = time.perf_counter(), 0.0
+        with with_pauses(None):
+            for job in jobs:
+                self.wait_s.labels(job.kind).observe(time.perf_counter() - job.asked)
+                repaid_s += self._run_small(job)
+        self._owing = owing
+        self._parts_of_chunks.paused(begun, time.perf_counter(), repaid_s)
+        return bool(self._stepping)
 
     def _steps_go_first(self) -> bool:
         """Whether chunks wait for a step: some tenant has only steps here, and all tenants that have chunks have steps

@@ -41,7 +41,7 @@ from antefix.window import Rates, RestorePlanner, Sizes, Strategy, check_bounded
 from antefix.window_pool import WindowPool, open_window_pool
 from antefix.worker_settings import WorkerSettings
 from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
-from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.compute_thread import STEP_DELAY_MAX_S, ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.rank_processes import RankProcesses
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
@@ -86,6 +86,12 @@ class EngineConfig(WorkerSettings):
     prefill_chunk: int = setting(
         512, "most tokens that prefill computes at once; chunks end at multiples of this", unit="tokens"
     )
+    step_delay_max_ms: float = setting(
+        1000 * STEP_DELAY_MAX_S,
+        "how long a chunk of a prompt may keep a running decode step waiting on a GPU; longer chunks are cut, to 1,024"
+        " tokens at least",
+        unit="ms",
+    )
 
     def __post_init__(self) -> None:
         # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
@@ -95,6 +101,7 @@ class EngineConfig(WorkerSettings):
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         if self.arithmetic:
             check_arithmetic(self.arithmetic)
+        require(self.step_delay_max_ms > 0, f"step_delay_max_ms must be positive, is {self.step_delay_max_ms}")
         require(self.rank_timeout_s > 0, f"rank_timeout_s must be positive, is {self.rank_timeout_s}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
 
@@ -336,7 +343,10 @@ def _build_engine(
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(tiers=tier_laws(store)), align_tokens=align_tokens),
         keyring=keyring,
-        compute=ComputeThread("model"),
+        # On a CPU, where chunks have no pauses, shorter chunks cost more than they gave (docs/PERFORMANCE.md).
+        compute=ComputeThread(
+            "model", step_delay_max_s=config.step_delay_max_ms / 1000 if model.device.type == "cuda" else math.inf
+        ),
         prefill_chunk=config.prefill_chunk,
         fingerprint=fingerprint.digest,
         labels=fingerprint.labels,
