@@ -287,6 +287,17 @@ def restored_on_an_h200(record: Any) -> Iterable[Row]:
     yield from restored_on_a_card(record)
 
 
+@table("steps_next_to_chunks.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
+def steps_next_to_chunks(record: Any) -> Iterable[Row]:
+    yield (
+        *("chunks run", "sequences", "a step alone, ms", "delay, p50, ms"),
+        *("delay, p99, ms (50 wanted, lower is better)", "longest delay, ms", "the prompt, s", "steps meanwhile"),
+    )
+    for row in record["rows"]:
+        delays = (f"{row[key]:.1f}" for key in ("step_alone_ms", "delay_p50_ms", "delay_p99_ms", "delay_max_ms"))
+        yield row["way"], str(row["sequences"]), *delays, f"{row['prompt_s']:.2f}", str(row["num_steps"])
+
+
 @table("card_transformers.json", *KERNELS, "antefix/model")
 def next_to_transformers(record: Any) -> Iterable[Row]:
     yield "tokens", "transformers, ms", "ours, ms", "times as fast (higher is better)"
