@@ -132,6 +132,7 @@ _IN_SHORT = (
     ("pack_keys", "{}", "{}", _LENGTHS[:3]),
     ("pack_hca", "{}", "{}", _LENGTHS[:3]),
     ("window_pack", "{}", "{}", _LENGTHS[:3]),
+    ("window_pack", "slots in order: {}", "{} in order", _LENGTHS[:3]),
     ("unpack_entries", "{} entries", "{}", _LENGTHS[:3]),
     ("copy_records", "{}", "{}", _LENGTHS[:3]),
     ("index_scores", "decode, S=32: {}", "{} flash S=32 Q=1", _LENGTHS[1:]),
