@@ -90,12 +90,7 @@ def _define_read(module: ir.Module, secret: Any, piece_bytes: int) -> None:
     b.position_at_end(begin)
     fields = b.bitcast(_at(b, rows, b.mul(number, _WORD(8 * ROW_WORDS))), _WORD.as_pointer())
     offset, into, nbytes, header, digest = (b.load(b.gep(fields, [_WORD(each)])) for each in range(ROW_WORDS))
-    # The kernel copies faster if source and buffer lie at the same place of a cache line.
-    record = _at(b, buffer, b.and_(offset, _WORD(_STRIPE - 1)))
-    # If a block's place lies shortly after its bytes in the buffer, modulo a page, loads wait for stores before them.
-    ahead = b.sub(into, b.ptrtoint(_at(b, record, _WORD(RECORD_HEADER_BYTES)), _WORD))
-    is_short = b.icmp_unsigned("<", b.and_(ahead, _WORD(_PAGE - 1)), _WORD(_PAGE // 4))
-    record = _at(b, record, b.select(is_short, _WORD(_PAGE // 2), _WORD(0)))
+    record = _place_in(b, buffer, offset, into)
     payload = _at(b, record, _WORD(RECORD_HEADER_BYTES))
     b.branch(piece)
 
@@ -142,6 +137,16 @@ def _define_read(module: ir.Module, secret: Any, piece_bytes: int) -> None:
     b.position_at_end(done)
     _order_stores(b, module)
     b.ret(number)
+
+
+def _place_in(b: ir.IRBuilder, buffer: Any, offset: Any, into: Any) -> Any:
+    """Where in the buffer a record should lie, which is read from this offset, and whose payload goes to `into`."""
+    # The kernel copies faster if source and buffer lie at the same place of a cache line.
+    record = _at(b, buffer, b.and_(offset, _WORD(_STRIPE - 1)))
+    # If a block's place lies shortly after its bytes in the buffer, modulo a page, loads wait for stores before them.
+    ahead = b.sub(into, b.ptrtoint(_at(b, record, _WORD(RECORD_HEADER_BYTES)), _WORD))
+    is_short = b.icmp_unsigned("<", b.and_(ahead, _WORD(_PAGE - 1)), _WORD(_PAGE // 4))
+    return _at(b, record, b.select(is_short, _WORD(_PAGE // 2), _WORD(0)))
 
 
 def _whole_blocks(b: ir.IRBuilder, source: Any, place: Any, num_blocks: Any, sums: Any) -> Any:
