@@ -187,7 +187,7 @@ async def _ask(deployment: Deployment, prompt: Tokens, *, strategy: str, length:
 
 def fitted_machine(cold: Sequence[Sample], disk_bytes_per_s: float) -> Machine:
     """A machine without jitter whose fixed cost, rate and growth with context are fitted to the cold runs."""
-    law = LinearLaw((0.02, 1 / 2000, 0.0), (1.0, 2048.0, 2048.0 * 16384.0), memory=1.0)
+    law = LinearLaw((0.02, 1 / 2000, 0.0), (1.0, 2048.0, 2048.0 * 16384.0), memory=1.0, follow=0.0)
     for sample in cold:
         tokens = float(sample.length + (ODD_TOKENS if sample.length != SHORT_TOKENS else 0))
         law.observe((1.0, tokens, tokens * tokens / 2), sample.ttft_s)

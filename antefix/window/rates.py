@@ -5,20 +5,21 @@ for a slow rate, and prefill's growth with its context is not mistaken for noise
     prefill_s(n, context) = fixed + n / rate + n * (context + n / 2) * slope        load_s(bytes) = fixed + bytes / rate
 `antefix.linear_law` is the law.
 
-A law that has lately seen only short prefills cannot tell the fixed cost from the rate, and may then predict a long
-prefill to cost next to nothing. So no prediction is faster than the fastest that was measured, in tokens per second. A
-worker that has run only short prefills then expects too much of a long one, and rather takes a hit. Loads have no such
-bound.
+A law that has lately seen only short prefills keeps the ratio of long to short ones that it learnt before, or the
+prior's, and scales it to how fast short ones are now. Laws of loads follow slower: a tier that looks slow is not read,
+and what is not read is not measured.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antefix.errors import InternalError
 from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
+
+# The share of a load's log error that its law's level takes over.
+_LOAD_FOLLOW = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,18 +56,14 @@ class Rates:
         self._memory = memory
         self._prefill = self._compute_law()
         self._replay = self._compute_law()
-        # The most tokens per second of any observed prefill, and of any observed replay. 0: none was observed.
-        self._fastest_prefill = self._fastest_replay = 0.0
         self._load: dict[str, LinearLaw] = {}
 
     def observe_prefill(self, tokens: int, *, context: int, seconds: float) -> None:
         """Learn that prefilling `tokens` tokens after `context` tokens took `seconds`."""
-        self._fastest_prefill = max(self._fastest_prefill, _tokens_per_s(tokens, seconds))
         self._prefill.observe(_compute_features(tokens, context), seconds)
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
         """tokens: the tokens of work of a plan (`Plan.replay_work_tokens`), here and in `replay_s`."""
-        self._fastest_replay = max(self._fastest_replay, _tokens_per_s(tokens, seconds))
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
@@ -75,14 +72,14 @@ class Rates:
             self._own_law(tier).observe((1.0, float(nbytes)), seconds)
 
     def prefill_s(self, tokens: int, *, context: int) -> float:
-        return _predicted_s(self._prefill, tokens, context, self._fastest_prefill)
+        return _predicted_s(self._prefill, tokens, context)
 
     def replay_s(self, tokens: int, *, context: int) -> float:
         """Until a replay has been observed, prefill's law is used: a replay of so much work does a part of prefill's
         work and never more.
         """
         if self._replay.num_observations:
-            return _predicted_s(self._replay, tokens, context, self._fastest_replay)
+            return _predicted_s(self._replay, tokens, context)
         return self.prefill_s(tokens, context=context)
 
     def load_s(self, tier: str, nbytes: int) -> float:
@@ -108,20 +105,14 @@ class Rates:
     def _own_law(self, tier: str) -> LinearLaw:
         if tier not in self._load:
             p = self._priors
-            self._load[tier] = LinearLaw((p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory)
+            self._load[tier] = LinearLaw(
+                (p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory, _LOAD_FOLLOW
+            )
         return self._load[tier]
 
 
-def _predicted_s(law: LinearLaw, tokens: int, context: int, fastest: float) -> float:
-    """fastest: tokens per second; 0: not known."""
-    if not tokens:
-        return 0.0
-    return max(law.seconds(_compute_features(tokens, context)), tokens / fastest if fastest else 0.0)
-
-
-def _tokens_per_s(tokens: int, seconds: float) -> float:
-    """0 for a time that no clock can give, which the laws ignore too."""
-    return tokens / seconds if math.isfinite(seconds) and seconds >= SECONDS_MIN else 0.0
+def _predicted_s(law: LinearLaw, tokens: int, context: int) -> float:
+    return law.seconds(_compute_features(tokens, context)) if tokens else 0.0
 
 
 def _compute_features(tokens: int, context: int) -> tuple[float, float, float]:

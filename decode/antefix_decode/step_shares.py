@@ -31,6 +31,8 @@ _FIXED_S: Final = 0.02
 _EACH_S: Final = 0.001
 # Weight of old measurements per step. There are hundreds of steps: after 100 more, a step counts a third.
 _MEMORY: Final = 0.99
+# The share of a step's log error that the law's level takes over.
+_FOLLOW: Final = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +63,7 @@ class StepShares:
         self.num_held_back = 0
         self._places: set[Place] = set()
         self._number = 0
-        self._law = LinearLaw((_FIXED_S, _EACH_S), (1.0, 16.0), _MEMORY)
+        self._law = LinearLaw((_FIXED_S, _EACH_S), (1.0, 16.0), _MEMORY, _FOLLOW)
 
     def enter(self, place: Place) -> None:
         self._places.add(place)
