@@ -1,7 +1,7 @@
 """Sums over a row in torch's order, so that a kernel and torch's operations give the same bits.
 
 torch adds contiguous float32 numbers in vectors of LANES numbers, four vectors at a time, in levels of 16 (cascade sum
-in ATen's SumKernel.cpp). Fewer numbers than a vector are added one by one.  LANES: 8 with AVX2, 16 with AVX-512.
+in ATen's SumKernel.cpp). Fewer numbers than a vector are added one by one.  LANES: `tokens.lanes`, 8 or 16.
 """
 
 from __future__ import annotations

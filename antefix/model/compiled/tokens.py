@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
 @functools.cache
 def lanes() -> int:
-    """How many float32 numbers one of torch's vectors holds."""
-    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    """How many float32 numbers one vector of torch's sums holds: 8 or 16.
+
+    Found by a sum that only vectors of 8 get right. The processor does not decide it: some builds of torch have no
+    sums for AVX-512, and use vectors of 8 where other operations use 16.
+    """
+    probe = torch.zeros(16)
+    probe[0], probe[1], probe[8] = 1, 2**-30, -1
+    return 8 if probe.sum() else 16
 
 
 def mix(module: HyperConnection, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
