@@ -51,6 +51,8 @@ class SharedRead:
     def _read_one(self) -> bool:
         task = self._waiting.get()
         if task is None:
+            # For the next thread. A thread may come here twice, so one for each would not be enough.
+            self._waiting.put(None)
             return False
         number, at, run = task
         if self.has_failed or not self._reads.read(self._parts[number], run):
@@ -61,8 +63,7 @@ class SharedRead:
 
     def end(self) -> None:
         """No more parts will be added."""
-        for _ in range(self._num_threads):
-            self._waiting.put(None)
+        self._waiting.put(None)
 
     def stop(self) -> None:
         """Let all threads end after the run that they read now."""
@@ -78,7 +79,7 @@ class SharedRead:
             self.add(part)
         self.end()
         # One run for each thread, and what `end` added.
-        num_last = 2 * self._num_threads
+        num_last = self._num_threads + 1
         while self._waiting.qsize() > num_last and self._read_one():
             pass
         self._check()

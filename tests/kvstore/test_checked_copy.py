@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +182,33 @@ def test_a_segment_that_goes_after_the_first_share_leaves_no_thread_waiting(
     assert is_read(of, into)
     assert num_borrowed > 2
     assert all(file.num_users == 0 for file in files._files.values())
+
+
+def test_a_thread_that_is_overtaken_by_the_others_does_not_wait_for_ever(open_engine: OpenEngine, of: Prompt) -> None:
+    engine, into = open_engine(), buffers()
+    engine.put(of.blocks())
+    plain = engine.reader._plain
+    part = plain.locate(of.hashes, into, fingerprint=FINGERPRINT, tenant=b"", now_ms=0, num_threads=2)
+    runs = [plain_reads.Run(at, at + 1, int(segment)) for at, segment in enumerate(part.places.segment)]
+    part = dataclasses.replace(part, runs=runs)
+    shared = SharedRead(plain, engine.reader.seed, 2)
+    waiting = shared._waiting
+
+    class Overtaken:
+        """The other thread reads all runs after this thread has counted them. Waiting for ever raises Empty."""
+
+        put, get = waiting.put, waiting.get_nowait
+
+        def qsize(self) -> int:
+            found = waiting.qsize()
+            shared.work()
+            return found
+
+    overtaken: Any = Overtaken()
+    shared._waiting = overtaken
+    shared.locate_and_work([part])
+    assert shared.close() == (NUM, NUM * PAYLOAD_BYTES)
+    assert is_read(of, into)
 
 
 def test_blocks_that_no_thread_has_read_never_count(open_engine: OpenEngine, of: Prompt, reads: CheckedReads) -> None:
