@@ -94,7 +94,8 @@ class HttpRanges:
         """num_max: connections at a time."""
         # Twice as many requests may wait for an answer: each may be sent again while the first one waits.
         self._threads: Final = ThreadPoolExecutor(2 * num_max, thread_name_prefix="antefix-ranges")
-        self._idle: deque[_Link] = deque(maxlen=num_max)
+        self._num_max = num_max
+        self._idle: deque[_Link] = deque()
         self._links: set[_Link] = set()
 
     async def open(self, url: str, start: int, stop: int, *, fresh: bool = False) -> HttpRange:
@@ -123,11 +124,15 @@ class HttpRanges:
 
     def give_back(self, link: _Link, *, is_usable: bool) -> None:
         """Called from any thread."""
-        if not is_usable or link.closes or len(self._idle) == self._idle.maxlen:
+        if not is_usable or link.closes:
             self._drop(link)
             return
         link.idle_since_s = time.monotonic()
         self._idle.append(link)
+        # Other threads may give back theirs at the same time, so count afterwards.
+        with contextlib.suppress(IndexError):
+            while len(self._idle) > self._num_max:
+                self._drop(self._idle.popleft())
 
     def _open(self, url: str, start: int, stop: int, asked: _Asked, fresh: bool) -> HttpRange:
         parts = urlsplit(url)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.objects import object_reads, signed_ranges
+from antefix.objects import http_ranges, object_reads, signed_ranges
 from antefix.objects.file_bucket import FileBucket
 from antefix.objects.http_ranges import HttpRanges, RangeMissing
 from antefix.objects.object_tier import ObjectTier
@@ -206,6 +208,20 @@ async def test_a_range_whose_bytes_stop_is_read_by_the_library_soon(tmp_path, ma
         assert await num_restored(tier, PROMPT) == NUM_BLOCKS
     assert tier.counters.num_broken_ranges == bucket.num_library_reads >= 1
     await tier.close()
+
+
+async def test_connections_that_are_given_back_together_are_kept_or_closed(tmp_path, endpoint, monkeypatch) -> None:
+    (tmp_path / "object").write_bytes(bytes(100))
+    ranges = HttpRanges(1)
+    opened = [await ranges.open(f"{endpoint}/object", 0, 100) for _ in range(2)]
+    for each in opened:
+        each.take(100)
+    # Each thread stops where it reads the clock, until the other one is there.
+    both = threading.Barrier(2, timeout=AT_MOST_S)
+    monkeypatch.setattr(http_ranges, "time", SimpleNamespace(monotonic=both.wait))
+    await asyncio.gather(*(asyncio.to_thread(each.close) for each in opened))
+    assert set(ranges._idle) == ranges._links and len(ranges._links) == 1
+    ranges.close()
 
 
 async def test_what_was_skipped_last_keeps_no_connection_from_its_next_read(tmp_path, manners, endpoint) -> None:
