@@ -56,8 +56,10 @@ class LocalStore(RemoteStore):
         self.uses: Final = UsesTold(self.touch)
         self._evidence: ReadEvidence | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._sweeping is not None:
             await end_tasks([self._sweeping])
         await self.uses.close()
@@ -131,7 +133,7 @@ class LocalStore(RemoteStore):
         except (lmdb.Error, OSError) as err:
             raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
         finally:
-            if self._sweeping is None or self._sweeping.done():
+            if not self._is_closed and (self._sweeping is None or self._sweeping.done()):
                 self._sweeping = asyncio.get_running_loop().create_task(self._sweep(), context=Context())
 
     async def _sweep(self) -> None:

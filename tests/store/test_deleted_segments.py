@@ -7,6 +7,8 @@ import gc
 import shutil
 from pathlib import Path
 
+import pytest
+
 from antefix.errors import Unavailable
 from antefix.store import local_store
 from antefix.store.local_store import LocalStore
@@ -83,6 +85,19 @@ async def test_a_client_keeps_segments_that_exist_and_closes_them_at_its_end(tmp
     assert store._sweeping is not None
     assert store._sweeping.done()
     assert not open_in(segments)
+
+
+async def test_a_client_that_was_closed_during_a_hang_looks_for_nothing_more(tmp_path):
+    filled(tmp_path / "store")
+    store = LocalStore(tmp_path / "store", "127.0.0.1:1")
+    await read_all(store)
+    store.reads._hanging.add(asyncio.get_running_loop().create_future())
+    store.uses.uses.used.clear()
+    await store.close()
+    with pytest.raises(Unavailable):
+        await read_all(store)
+    assert store._sweeping is not None
+    assert store._sweeping.done()
 
 
 async def test_a_reader_of_a_replaced_index_leaves_no_descriptors(tmp_path):
