@@ -1,9 +1,9 @@
 """The store's own log of blocks that were written and read, separate from the ledger so that the two can be compared.
 
-One line per call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes in hex. A read names the last block
-that was used; using a block uses all blocks before it. Log files rotate by size, and a file's name is the time of its
-first line. Log lines are passed to the operating system, but not synced to disk. A line lost in a power cut leaves a
-real hit without evidence; it never gives evidence for a false hit.
+Per call one line, or several for thousands of blocks: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes
+in hex. A read names the last block that was used; using a block uses all blocks before it. Log files rotate by size,
+and a file's name is the time of its first line. Log lines are passed to the operating system, but not synced to disk. A
+line lost in a power cut leaves a real hit without evidence; it never gives evidence for a false hit.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ FILE_BYTES = 64 << 20
 # A file without new lines for this long gets no more lines, so a tool that compacts it may replace it.
 QUIET_S = 7200.0
 _BEGINS_NEW_AFTER_S = 3600.0
+_HASHES_PER_LINE_MAX = 1 << 14
+# Far more than a line that is written here. Older versions wrote one line per call, of any length.
+_LINE_BYTES_MAX = 16 << 20
 # The digits of a 64-bit number of microseconds since 1970.
 _DIGITS_MAX = 20
 _KINDS = ("stored", "read")
@@ -83,16 +86,19 @@ class StoreLog:
             return
         with self._mutex:
             now_us = time.time_ns() // 1000
-            line = f"{now_us} {kind.value} {','.join(name.hex() for name in hashes)}\n"
+            names = [name.hex() for name in hashes]
+            firsts = range(0, len(names), _HASHES_PER_LINE_MAX)
+            parts = [",".join(names[first : first + _HASHES_PER_LINE_MAX]) for first in firsts]
+            lines = [f"{now_us} {kind.value} {part}\n" for part in parts]
             try:
-                self._append(line, now_us)
+                self._append("".join(lines), now_us)
             except OSError as err:
                 self.close()
                 if not self.num_lost:
                     log.warning("the store's log cannot be written, so evidence of cache hits is lost: %s", err)
                 self.num_lost += 1
 
-    def _append(self, line: str, now_us: int) -> None:
+    def _append(self, lines: str, now_us: int) -> None:
         now_s = time.monotonic()
         is_old = now_s - self._written_at > _BEGINS_NEW_AFTER_S
         self._written_at = now_s
@@ -104,8 +110,8 @@ class StoreLog:
             self.close()
             self._file = open_private(self._directory / f"store-{now_us:017d}.log", "a")
             self._num_bytes = 0
-        self._file.write(line)
-        self._num_bytes += len(line)
+        self._file.write(lines)
+        self._num_bytes += len(lines)
 
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
@@ -130,10 +136,15 @@ def read_log_file(path: Path) -> Iterator[StoreEvent]:
 
     Raises:  FileNotFoundError: the file is gone, or something else has its name.
     """
-    # A damaged disk may return any bytes, so skip every line that does not parse.
-    with os.fdopen(open_to_read(path), encoding="ascii", errors="replace") as file:
-        for line in file:
-            yield from _parse(line)
+    # A damaged disk may return any bytes, so skip every line that does not parse. One without an end, as in a file with
+    # a hole, would take all memory, so what is too long is skipped in parts.
+    with os.fdopen(open_to_read(path), "rb") as file:
+        is_begin = True
+        while part := file.readline(_LINE_BYTES_MAX):
+            is_end = part.endswith(b"\n")
+            if is_begin and is_end:
+                yield from _parse(part.decode("ascii", errors="replace"))
+            is_begin = is_end
 
 
 def _parse(line: str) -> Iterator[StoreEvent]:

@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 import time
+import tracemalloc
 
 import pytest
 
 from antefix.prompt_marks import marks_of
-from antefix.store_files.hit_log import StoreLog, read_store_log
+from antefix.store_files import hit_log
+from antefix.store_files.hit_log import StoreLog, log_files, read_log_file, read_store_log
 from antefix_billing.ledger import Ledger
 from antefix_billing.reconcile import verify, verify_all
 from tests.billing.usage_records import record
 
 HASH = bytes.fromhex("ab" * 32)
 MINUTE_US = 60_000_000
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -218,3 +221,29 @@ def test_a_hit_that_was_stored_only_after_the_clock_was_set_back_is_not(settle, 
     noon = now_us()
     logged(tmp_path / "log", (noon, "read!"), (noon - HOUR_US, "read!"), (noon + HOUR_US, "stored"))
     assert settle(record(started_us=noon, finished_us=noon + 1000, hit_memory_tokens=128)).unsupported_hits == 1
+
+
+def test_a_line_of_the_log_without_an_end_takes_little_memory_and_hides_no_other(log, tmp_path):
+    log.stored([HASH])
+    [path] = log_files(tmp_path / "log")
+    with path.open("r+b") as file:
+        line = file.read()
+        # Two lines that are damaged by a hole each, the second without an end.
+        file.truncate(len(line) + 100 * MIB)
+        file.seek(0, os.SEEK_END)
+        file.write(line + line)
+        file.truncate(file.tell() + 100 * MIB)
+    tracemalloc.start()
+    try:
+        assert [event.hash for event in read_log_file(path)] == [HASH.hex()] * 2
+        assert tracemalloc.get_traced_memory()[1] < 50 * MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_blocks_of_one_call_are_lines_that_are_read_again(log, tmp_path, monkeypatch):
+    monkeypatch.setattr(hit_log, "_HASHES_PER_LINE_MAX", 3)
+    monkeypatch.setattr(hit_log, "_LINE_BYTES_MAX", 3 * 65 + 30)
+    names = [bytes([number] * 32) for number in range(10)]
+    log.stored(names)
+    assert [event.hash for event in read_store_log(tmp_path / "log")] == [name.hex() for name in names]
