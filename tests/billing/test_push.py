@@ -127,6 +127,44 @@ def test_what_is_refused_for_good_is_a_dead_letter_and_the_rest_goes_on(kind, sy
     assert pusher.push_dead() == 0 and len(system.taken) == (10 if kind == "stripe" else 5)
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [b"\xff\x00{", b"", b"[1]", b"5", b"[" * 9999, b'{"ledger": "a"}', b'{"ledger": 1, "sequence": "x", "why": 2}'],
+)
+def test_a_damaged_line_of_dead_letters_stays_and_stops_nobody(system, ledger, tmp_path, caplog, harm):
+    system.refuse = lambda id, event: 422 if "r3" in json.dumps(event) or "r4" in json.dumps(event) else None
+    assert pusher_of("webhook", system, ledger).push()
+    path = tmp_path / "state" / "webhook.dead"
+    second = path.read_bytes().splitlines()[1]
+    path.write_bytes(harm + b"\n" + second + b"\n")
+    write(ledger, [13, 14])
+    pusher = pusher_of("webhook", system, ledger)
+    system.refuse = lambda id, event: 422 if "r13" in json.dumps(event) else None
+    assert pusher.push() and pusher.num_dead == 3
+    assert caplog.text.count("damaged lines: 1") == 1
+    system.refuse = lambda id, event: None
+    assert pusher.push_dead() == 1 == pusher.num_dead
+    assert path.read_bytes() == harm + b"\n" and len(system.taken) == 6
+
+
+@pytest.mark.parametrize("num_left", [60, -2, -1])
+def test_a_dead_letter_that_a_crash_cut_off_takes_no_other_with_it(system, ledger, tmp_path, num_left):
+    system.refuse = lambda id, event: 422 if "r3" in json.dumps(event) else None
+    assert pusher_of("webhook", system, ledger).push()
+    path, cursors = tmp_path / "state" / "webhook.dead", tmp_path / "state" / "webhook.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:num_left])
+    cursors.unlink()
+    assert pusher_of("webhook", system, ledger).push() and path.read_bytes().strip() == whole.strip()
+    # The next one is of another entry.
+    path.write_bytes(whole[:num_left])
+    write(ledger, [9])
+    system.refuse = lambda id, event: 422 if "r9" in json.dumps(event) else None
+    pusher = pusher_of("webhook", system, ledger)
+    assert pusher.push() and pusher.num_dead == 2
+    assert path.read_bytes().startswith(whole[:num_left] + b"\n{")
+
+
 def test_a_tenant_without_a_customer_waits_as_a_dead_letter_or_is_skipped(system, ledger):
     pusher = pusher_of("webhook", system, ledger, unmapped="dead_letter")
     assert pusher.push() and (pusher.num_dead, len(system.taken)) == (5, 0)

@@ -4,6 +4,7 @@ set aside as a dead letter.
     STATE/NAME.json     a cursor per ledger: entries up to it were accepted or are dead letters; replaced as a whole
     STATE/NAME.dead     dead letters, one JSON object per line, synced before the cursor passes them
 
+A line of dead letters that is damaged stays in the file and counts as a dead letter, but cannot be sent again.
 After a crash between sending and moving the cursor, the entries are sent again; the receiver recognises their ids.
 """
 
@@ -77,6 +78,46 @@ class DeadLetter:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    @classmethod
+    def of_json(cls, text: str) -> DeadLetter | None:
+        """None if `to_json` did not write this text: the line is damaged, incomplete, or of a later version."""
+        try:
+            said = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(said, dict) or said.keys() != {"ledger", "sequence", "why"}:
+            return None
+        letter = cls(**said)
+        is_sound = isinstance(letter.ledger, str) and isinstance(letter.why, str) and type(letter.sequence) is int
+        return letter if is_sound and letter.sequence > 0 else None
+
+
+@dataclass(slots=True)
+class _DeadFile:
+    """What a file of dead letters holds.  damaged: lines that hold no letter.  torn: the end of the file, if a crash
+    cut its last line off; the line's entry lies after the cursor, so it will be sent again.
+    """
+
+    letters: list[DeadLetter]
+    damaged: list[str]
+    torn: str
+
+    @classmethod
+    def of(cls, text: str) -> _DeadFile:
+        *lines, torn = text.split("\n")
+        if DeadLetter.of_json(torn) is not None:
+            lines.append(torn)
+            torn = ""
+        found = [(line, DeadLetter.of_json(line)) for line in lines]
+        return cls(
+            [letter for _, letter in found if letter is not None],
+            [line for line, letter in found if letter is None],
+            torn,
+        )
+
+    def to_text(self) -> str:
+        return "".join(line + "\n" for line in [*self.damaged, *(each.to_json() for each in self.letters)]) + self.torn
+
 
 class Pusher:
     """Sends the entries of any number of ledgers to one receiver of usage. Only one process at a time may use the state
@@ -100,6 +141,7 @@ class Pusher:
         self._path = state / f"{config.name}.json"
         self._dead_path = state / f"{config.name}.dead"
         self._sleep = sleep
+        self._num_damaged_told = 0
         self.cursors = read_cursors(self._path)
 
     def backlog(self) -> int:
@@ -109,8 +151,9 @@ class Pusher:
 
     @property
     def num_dead(self) -> int:
-        """How many dead letters there are, including those of earlier runs."""
-        return len(self._read_dead())
+        """How many dead letters there are, including those of earlier runs and damaged ones."""
+        found = self._read_dead()
+        return len(found.letters) + len(found.damaged)
 
     def push(self) -> bool:
         """Send all entries that exist now. Returns False if the pusher was stopped while it waited."""
@@ -140,10 +183,10 @@ class Pusher:
             self.cursors[source] = last
 
     def push_dead(self) -> int:
-        """Send dead letters again, and remove those that are accepted. Returns how many remain."""
-        letters = self._read_dead()
+        """Send dead letters again, and remove those that are accepted. Returns how many remain, with damaged ones."""
+        found = self._read_dead()
         left = []
-        for letter in letters:
+        for letter in found.letters:
             delivery = self._of_letter(letter)
             try:
                 if delivery is None:
@@ -152,8 +195,8 @@ class Pusher:
                 self.counters.sent += 1
             except (Rejected, TryLater) as err:
                 left.append(replace(letter, why=str(err)))
-        write_private(self._dead_path, "".join(letter.to_json() + "\n" for letter in left))
-        return len(left)
+        write_private(self._dead_path, replace(found, letters=left).to_text())
+        return len(left) + len(found.damaged)
 
     def _of_letter(self, letter: DeadLetter) -> Delivery | None:
         """Returns None if the entry's ledger is not among these, or if its tenant still has no customer."""
@@ -209,8 +252,11 @@ class Pusher:
                 wait_s = min(_WAIT_MAX_S, 2 * wait_s)
 
     def _bury(self, source: str, sequence: int, why: str) -> None:
-        if any((letter.ledger, letter.sequence) == (source, sequence) for letter in self._read_dead()):
+        found = self._read_dead()
+        if any((letter.ledger, letter.sequence) == (source, sequence) for letter in found.letters):
             return
+        line = DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n"
+        self._end_torn(found, line)
         self.counters.dead += 1
         log.error(
             "the receiver %s refused entry %d of ledger %s, so it was set aside: %s",
@@ -220,16 +266,34 @@ class Pusher:
             why,
         )
         with open_private(self._dead_path, "a") as file:
-            file.write(DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n")
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
-    def _read_dead(self) -> list[DeadLetter]:
+    def _end_torn(self, found: _DeadFile, line: str) -> None:
+        """Make the file end with a whole line, so that the next one begins a line of its own."""
+        text = self._dead_text()
+        if not text or text.endswith("\n"):
+            return
+        # Most often the torn line is of the same entry, which was sent again. Anything else is kept.
+        same = found.torn and line.startswith(found.torn)
+        write_private(self._dead_path, text.removesuffix(found.torn) if same else text + "\n")
+
+    def _dead_text(self) -> str:
         if not self._dead_path.exists():
-            return []
-        # The last line may be incomplete. Its entry lies after the cursor, so it will be sent again.
-        lines = self._dead_path.read_text().split("\n")[:-1]
-        return [DeadLetter(**json.loads(line)) for line in lines]
+            return ""
+        return self._dead_path.read_bytes().decode(errors="surrogateescape")
+
+    def _read_dead(self) -> _DeadFile:
+        found = _DeadFile.of(self._dead_text())
+        if len(found.damaged) > self._num_damaged_told:
+            log.error(
+                "%s: damaged lines: %d; they stay in the file, and their entries were not sent to %s; "
+                "compare the ledger with what the receiver has, then remove these lines",
+                self._dead_path, len(found.damaged), self.config.name,
+            )  # fmt: skip
+        self._num_damaged_told = len(found.damaged)
+        return found
 
 
 def _batches(items: Iterator[Settled | Adjusted], number: int) -> Iterator[list[Settled | Adjusted]]:
