@@ -91,7 +91,7 @@ class HttpRanges:
     """Connections to one or several hosts. Used from one event loop."""
 
     def __init__(self, num_max: int) -> None:
-        """num_max: connections at a time."""
+        """num_max: reads at a time, and how many idle connections are kept."""
         # Twice as many requests may wait for an answer: each may be sent again while the first one waits.
         self._threads: Final = ThreadPoolExecutor(2 * num_max, thread_name_prefix="antefix-ranges")
         self._num_max = num_max
