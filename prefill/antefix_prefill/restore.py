@@ -87,7 +87,7 @@ class _Known:
     checkpoints: the tier of each, by boundary. pooled: window state that the pool has given already, by boundary.
     block_tiers: for several stores, as `LookupResult.tiers`. store_failed: whether the store did not answer.
     came_short: whether the store promised blocks and did not deliver them. older: the blocks that are stored only under
-    the names of an older secret.
+    the names of an older secret. loaded: blocks that an earlier plan of this restore read; they are in memory since.
     """
 
     num_blocks: int
@@ -98,6 +98,7 @@ class _Known:
     store_failed: bool = False
     came_short: bool = False
     older: OlderNames | None = None
+    loaded: Prefetched | None = None
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
@@ -142,7 +143,7 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
         sequence = await _carry_out(engine, prompt, plan, known, report)
         if sequence is not None:
             break
-    _account(engine, prompt, plan, report)
+    _account(engine, prompt, plan, known, report)
     try:
         report.miss_reason = await _miss_reason(engine, prompt, plan, known)
     except BaseException:
@@ -262,7 +263,7 @@ async def _carry_out(
     num_errors = report.store_errors
     table = await load_blocks(engine, prompt, plan.resume_block, report, known.older)
     if len(table) < plan.resume_block:
-        _correct(engine, known, table, failed=report.store_errors > num_errors)
+        _correct(engine, known, table, report, failed=report.store_errors > num_errors)
         return None
     try:
         return await _replay(engine, prompt, plan, table, report)
@@ -292,20 +293,28 @@ async def _load_both(
         engine.blocks.release(table)
         raise window
     if len(table) < block:
-        _correct(engine, known, table, failed=failed)
+        _correct(engine, known, table, report, failed=failed)
         return None
     if window is None:
-        # The blocks stay in memory, where the next plan finds them.
-        engine.blocks.release(table)
+        _leave(engine, known, table, report)
         return None
     return Sequence(block_table=table, window=window)
 
 
-def _correct(engine: Engine, known: _Known, table: list[int], *, failed: bool) -> None:
+def _correct(engine: Engine, known: _Known, table: list[int], report: RestoreReport, *, failed: bool) -> None:
     """Only these blocks could be loaded."""
     known.num_blocks, known.num_in_store = len(table), min(known.num_in_store, len(table))
     known.came_short = True
     known.store_failed |= failed
+    _leave(engine, known, table, report)
+
+
+def _leave(engine: Engine, known: _Known, table: list[int], report: RestoreReport) -> None:
+    """Leave blocks in memory, where the next plan finds them. Those that were read now still count as read."""
+    first = report.hit_memory_tokens // engine.block_size
+    if known.loaded is None and first < len(table):
+        tiers = RestoreReport(hit_tiers=dict(report.hit_tiers))
+        known.loaded = Prefetched(first=first, stop=len(table), report=tiers)
     engine.blocks.release(table)
 
 
@@ -368,6 +377,7 @@ async def load_blocks(
     hashes = prompt.chain.hashes[:num_blocks]
     table = engine.blocks.take(hashes)
     report.hit_memory_tokens = len(table) * engine.block_size
+    report.hit_tiers.clear()
     wanted = hashes[len(table) :]
     if not wanted:
         return table
@@ -411,7 +421,6 @@ async def _read_into_pool(
     started = time.perf_counter()
     rows = engine.pool.landing(block_ids)
     num_read = 0
-    report.hit_tiers.clear()
     try:
         for owner, hashes in stored_as:
             part = rows[num_read : num_read + len(hashes)]
@@ -508,7 +517,7 @@ def _replay_piece(engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uin
         forward(engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False, ops=engine.ops)
 
 
-def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) -> None:
+def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport) -> None:
     """Count hits and misses: blocks that were not computed are hits, all tokens after them are misses."""
     report.plan = exactness_of(engine.bounded_windows) if plan.kind is PlanKind.BOUNDED else plan.kind.value
     report.predicted_s = plan.predicted_s
@@ -517,8 +526,10 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
     report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
     if not report.hit_tiers and report.hit_tokens > report.hit_memory_tokens:
         report.hit_tiers[DISK_TIER] = report.hit_tokens - report.hit_memory_tokens
-    if prompt.prefetched is not None:
-        _account_prefetched(engine, prompt.prefetched, report)
+    # Blocks that were read for this prompt before: later ones first, because each count ends where they begin.
+    for own in (known.loaded, prompt.prefetched):
+        if own is not None:
+            _account_prefetched(engine, own, report)
     report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
     if not report.hit_store_tokens:
         report.hit_tiers.clear()
@@ -527,7 +538,7 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
 
 
 def _account_prefetched(engine: Engine, prefetched: Prefetched, report: RestoreReport) -> None:
-    """Count blocks that were loaded while the prompt waited under the tier that they came from, not under memory."""
+    """Count blocks that were loaded for this prompt before under the tier that they came from, not under memory."""
     resident = report.hit_memory_tokens // engine.block_size
     moved = (min(resident, prefetched.stop) - prefetched.first) * engine.block_size
     if moved <= 0:

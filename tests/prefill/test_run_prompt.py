@@ -160,6 +160,30 @@ async def test_a_block_lost_between_lookup_and_read_shortens_the_hit(make_engine
     assert hit[0].report.hit_tokens == 9 * 64
 
 
+@pytest.mark.parametrize("lost", [RecordKind.CHECKPOINT, RecordKind.BLOCK])
+async def test_blocks_that_an_earlier_plan_read_count_as_read(make_engine, make_prompt, store, lost):
+    engine = make_engine("boundary")
+    prompt = make_prompt(engine, DOCUMENT)
+    await run(engine, make_prompt(engine, DOCUMENT[:130]))
+    await run(engine, prompt)
+    lookup = store.lookup
+
+    async def stale(chain, **kwargs):
+        found = await lookup(chain, **kwargs)
+        name = prompt.chain.hashes[found.checkpoints[-1] - 1 if lost is RecordKind.CHECKPOINT else 9]
+        store.records.pop((lost, name), None)
+        return found
+
+    other = make_engine("boundary")
+    await run(other, make_prompt(other, DOCUMENT[:130]))
+    store.lookup = stale
+    report = (await run(other, make_prompt(other, DOCUMENT)))[0].report
+    assert report.hit_tokens > 128 and report.hit_memory_tokens == 128
+    assert report.hit_tiers == {"disk": report.hit_store_tokens}
+    assert report.hit_store_tokens == report.hit_tokens - 128
+    assert other.blocks.num_available == other.pool.num_blocks
+
+
 async def test_tenants_do_not_hit_each_other(make_engine, make_prompt):
     engine = make_engine("boundary")
     await run(engine, make_prompt(engine, DOCUMENT, tenant="a"))
