@@ -16,10 +16,13 @@ STORED = TOKENS[: 3 * 64 + 5]
 
 
 class Cancelled:
-    """Stands in for an engine's store and compute thread. The request is cancelled at call number `at`."""
+    """Stands in for an engine's store and compute thread. The request is cancelled at call number `at`.
 
-    def __init__(self, inner, count, at):
-        self._inner, self._count, self._at = inner, count, at
+    request: gives the request's task; the call may run in a task of its own.
+    """
+
+    def __init__(self, inner, count, at, request):
+        self._inner, self._count, self._at, self._request = inner, count, at, request
 
     def __getattr__(self, name):
         found = getattr(self._inner, name)
@@ -28,7 +31,7 @@ class Cancelled:
 
         async def call(*args, **kwargs):
             if next(self._count) == self._at:
-                asyncio.current_task().cancel()
+                self._request().cancel()
                 await asyncio.sleep(0)
             return await found(*args, **kwargs)
 
@@ -39,7 +42,7 @@ async def ends_at(engine, work, at):
     """Run `work` and cancel it at its call number `at`. Returns whether it ended before that call."""
     count = itertools.count()
     plain = engine.store, engine.compute
-    engine.store, engine.compute = Cancelled(engine.store, count, at), Cancelled(engine.compute, count, at)
+    engine.store, engine.compute = (Cancelled(each, count, at, lambda: task) for each in plain)
     task = asyncio.create_task(work())
     try:
         await task
