@@ -1,11 +1,14 @@
 """A worker's list of models may hold anything; what is no model, or no length, is passed over."""
 
+import json
+
 import httpx
 import pytest
 
 from antefix.errors import Unavailable
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.fleet.openai_door import OpenAIDoor
+from antefix_router.gateway.http_errors import PassedError
 
 
 async def models(text):
@@ -39,3 +42,13 @@ async def test_an_answer_that_no_client_could_read_is_of_a_worker_that_failed(nu
     async with httpx.AsyncClient(transport=transport) as http:
         with pytest.raises(Unavailable, match=r"not finite: choices\[0\]\.logprobs\[1\]"):
             await OpenAIDoor(EnginePlace(url="http://worker"), http).whole("/v1/completions", {}, 5.0)
+
+
+async def test_a_refusal_that_no_client_could_read_is_passed_as_text():
+    text = '{"error": {"message": "too hot", "input": NaN}}'
+    transport = httpx.MockTransport(lambda request: httpx.Response(422, text=text))
+    async with httpx.AsyncClient(transport=transport) as http:
+        with pytest.raises(PassedError) as refused:
+            await OpenAIDoor(EnginePlace(url="http://worker"), http).whole("/v1/completions", {}, 5.0)
+    assert refused.value.status == 422 and refused.value.body["error"]["message"] == text
+    assert json.dumps(refused.value.body, allow_nan=False)

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import httpx
 
-from antefix.errors import DeadlineExceeded, Overloaded, Unavailable
+from antefix.checked_files import parse_json
+from antefix.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from antefix.whole_number import whole_number
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.gateway.http_errors import PassedError
@@ -165,8 +166,9 @@ class OpenAIDoor:
             # If a worker refuses our credentials, our client cannot mend that.
             raise Unavailable(who)
         try:
-            body = json.loads(text)
-        except ValueError:
+            # The client gets this body, and could not be sent NaN or infinity.
+            body = parse_json(text, self.place.address)
+        except InvalidRequest:
             body = {"error": {"message": text[:1000], "type": "invalid_request_error", "param": None, "code": None}}
         raise PassedError(status, body if isinstance(body, dict) else {"error": {"message": text[:1000]}})
 
