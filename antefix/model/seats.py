@@ -178,11 +178,12 @@ class Seats:
         return first
 
     def _grow(self, more: int) -> None:
+        # First: if memory is short, only some of the arrays move.
+        self.generation += 1
         self.rings = _longer(self.rings, 1, more * 2 * self.layout.geometry.window)
         for rows in (self.main, self.indexer, self.hca):
             rows.grow(more)
         self.num_seats += more
-        self.generation += 1
 
     def _kinds(self, state: WindowState) -> list[tuple[CompressorRows, dict[int, CompressorState]]]:
         kinds = [(self.main, state.main), (self.indexer, state.indexer), (self.hca, state.main)]

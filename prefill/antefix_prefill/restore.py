@@ -331,7 +331,8 @@ async def _load_checkpoint(
             if (runner := engine.ops.step_runner) is not None:
                 # Now, because the blocks are still being read.
                 rest = prompt.num_tokens - position
-                await engine.compute.run(runner.seat_early, engine.model, window, rest)
+                with model_step(position):
+                    await engine.compute.run(runner.seat_early, engine.model, window, rest)
             return window
         except BlockCorrupt as err:
             engine.counters.note(err)

@@ -3,10 +3,12 @@
 import asyncio
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from antefix.errors import StepFailed
 from antefix.layout import KVFormat
 from antefix.record import RecordKind
 from antefix_prefill.run_prompt import run_prompt
@@ -158,6 +160,19 @@ async def test_a_block_lost_between_lookup_and_read_shortens_the_hit(make_engine
     hit = await run(other, make_prompt(other, DOCUMENT))
     assert same(cold, hit)
     assert hit[0].report.hit_tokens == 9 * 64
+
+
+async def test_a_restore_that_finds_no_room_for_a_seat_gives_its_blocks_back(make_engine, make_prompt, monkeypatch):
+    first, other = make_engine("boundary"), make_engine("boundary")
+    await run(first, make_prompt(first, DOCUMENT))
+
+    def seat_early(model, window, num_tokens):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(other.ops, "step_runner", SimpleNamespace(seat_early=seat_early))
+    with pytest.raises(StepFailed):
+        await run(other, make_prompt(other, DOCUMENT))
+    assert other.blocks.num_available == other.pool.num_blocks
 
 
 @pytest.mark.parametrize("lost", [RecordKind.CHECKPOINT, RecordKind.BLOCK])
