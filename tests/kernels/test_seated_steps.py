@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Many
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,20 @@ def test_a_step_waits_for_nothing_and_launches_as_much_for_one_as_for_many(launc
         counted.append((watched.counts, Counter(launches)))
     assert counted[0] == counted[1]
     assert counted[0][1]["_tails_kernel"] == 3
+
+
+def test_seats_of_which_only_some_could_move_count_as_moved(monkeypatch):
+    """Recorded graphs read the old memory, which is given to others."""
+    seats = Seats(build(torch.device("cpu")).layout, torch.device("cpu"))
+    before, rings = seats.generation, seats.rings
+
+    def grow(more):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(seats, "hca", SimpleNamespace(grow=grow))
+    with pytest.raises(RuntimeError):
+        seats.reserve(100)
+    assert seats.rings is not rings and seats.generation != before
 
 
 def test_a_state_comes_out_of_its_seat_as_it_went_in():
