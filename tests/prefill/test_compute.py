@@ -314,6 +314,24 @@ async def test_small_jobs_run_between_the_layers_of_a_chunk():
     thread.close()
 
 
+async def test_a_chunk_whose_time_was_given_back_in_its_pauses_owes_none():
+    thread, running, ran = ComputeThread("test"), threading.Event(), []
+
+    def chunk():
+        running.set()
+        after_layer = layers_pause(torch.device("cpu"))
+        while not ran:
+            after_layer()
+
+    async with asyncio.timeout(AT_MOST_S):
+        task = asyncio.create_task(thread.run_chunk(1, 0.0, chunk))
+        await asyncio.to_thread(running.wait, AT_MOST_S)
+        await thread.run_step(2 * AT_MOST_S, ran.append, 1)
+        await task
+    thread.close()
+    assert thread.chunk_tenants == frozenset()
+
+
 def test_a_chunk_is_cut_to_what_a_part_computes_within_the_limit(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(chunk_parts.time, "perf_counter", lambda: clock[0])

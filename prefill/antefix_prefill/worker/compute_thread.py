@@ -276,6 +276,8 @@ class ComputeThread:
         took = time.perf_counter() - begun - parts.paused_s
         self.busy_s.labels("chunk").observe(took)
         self._steps_first_s = took - parts.repaid_s
+        if self._steps_first_s <= 0:
+            self._owing = frozenset()
         self._charge(jobs, took)
 
     def _run_small(self, job: _Job) -> float:

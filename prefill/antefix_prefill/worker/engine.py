@@ -343,7 +343,8 @@ def _build_engine(
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(tiers=tier_laws(store)), align_tokens=align_tokens),
         keyring=keyring,
-        # On a CPU, where chunks have no pauses, shorter chunks cost more than they gave (docs/PERFORMANCE.md).
+        # On a CPU shorter chunks cost more than they gave (docs/PERFORMANCE.md). There, chunks have pauses only if they
+        # run neither compiled nor on several threads.
         compute=ComputeThread(
             "model", step_delay_max_s=config.step_delay_max_ms / 1000 if model.device.type == "cuda" else math.inf
         ),
