@@ -8,8 +8,9 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 of columns and for more than SUM_TILE addends use other orders, and where threads share a product, such
                 remainders occur that one thread would not have. So every product of the model goes through `multiply`
                 or `multiply_each`, which pad rows and columns to whole tiles and cut long sums themselves.
-                Measured with 1 to 16 threads on an AMD EPYC (AVX2 kernels) and an Intel Xeon (AVX-512 kernels): plain
-                products in whole tiles are such chains on both, so both give the same bits.
+                Measured with 1 to 16 threads on an AMD EPYC (AVX2 kernels) and on Intel Xeons (AVX-512 kernels): plain
+                products in whole tiles are such chains on all of them, so all give the same bits. Pairs with a
+                transposed right side need more rows on a Xeon (TURNED_ROWS).
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
     sums        PyTorch divides a sum over a middle dim between threads by columns, and its order of addition depends
@@ -48,6 +49,10 @@ SUM_TILE = 192
 ALIGN = 16
 # The rows of one pair of `multiply_each` are padded to a multiple of this: other counts select other kernels.
 PAIR_ROWS = 4
+# Pairs whose right side is transposed, with more addends than TURNED_ADDENDS, are padded to at least TURNED_ROWS rows.
+# MKL's AVX-512 kernels add in another order with 4 rows from 96 addends on, and with 8 rows at 192.
+TURNED_ADDENDS = 64
+TURNED_ROWS = 16
 # PyTorch runs pairs with fewer multiplications in a loop of its own, which rounds differently.
 _PAIR_WORK_MIN = 400
 # A matrix with more columns is not copied for padding: its columns beyond whole tiles are multiplied separately.
@@ -252,6 +257,8 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a, b)
     rows, addends, columns = a.shape[1], a.shape[2], b.shape[2]
     more_rows, more_columns = -rows % PAIR_ROWS, -columns % COLUMN_TILE
+    if addends > TURNED_ADDENDS and rows < TURNED_ROWS and _is_transposed(b):
+        more_rows = TURNED_ROWS - rows
     more_addends = max(-(-_PAIR_WORK_MIN // ((rows + more_rows) * (columns + more_columns))) - addends, 0)
     if more_rows or more_addends:
         a = torch.constant_pad_nd(a, (0, more_addends, 0, more_rows))
@@ -266,13 +273,17 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
     return product[:, :rows, :columns] if more_rows or more_columns else product
 
 
+def _is_transposed(b: Tensor) -> bool:
+    return b.stride(-2) == 1 and b.stride(-1) != 1
+
+
 def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
     """b [..., K, O] with zero rows and columns appended. A transposed matrix stays transposed, because MKL uses other
     kernels for transposed matrices.
     """
     if not more_rows and not more_columns:
         return b
-    if b.stride(-2) == 1 and b.stride(-1) != 1:
+    if _is_transposed(b):
         return torch.constant_pad_nd(b.mT, (0, more_rows, 0, more_columns)).mT
     return torch.constant_pad_nd(b, (0, more_columns, 0, more_rows))
 

@@ -72,6 +72,17 @@ def test_a_pairs_product_does_not_depend_on_the_pairs_beside_it(
     torch.testing.assert_close(whole, torch.bmm(a, b), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("width", [48, 96, 128, 192, 200, 512])
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 13, 64])
+def test_a_pairs_product_is_the_single_product(rows: int, width: int) -> None:
+    # Decode steps run attention as pairs, prefill as single products. On a Xeon with AVX-512, pairs of 4 rows with 96
+    # addends, and pairs of 8 rows with 192, were added up in another order.
+    a, b = normal(3, rows, width), normal(3, 40, width, seed=1).mT
+    for right in (b, b.contiguous()):
+        pairs = multiply_each(a, right)
+        assert all(torch.equal(pairs[i], multiply(a[i], right[i])) for i in range(3))
+
+
 def test_grouped_products_are_block_diagonal() -> None:
     x, weight = normal(21, 3, 10), normal(12, 10, seed=1)
     want = torch.cat([x[:, g] @ weight[4 * g : 4 * g + 4].T for g in range(3)], dim=1).view(21, 3, 4)
