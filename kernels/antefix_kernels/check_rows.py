@@ -43,5 +43,15 @@ def rows_over(rows: torch.Tensor, ids: torch.Tensor, masks: torch.Tensor, limits
     over = torch.zeros(len(ids), dtype=torch.int32, device=rows.device)
     if len(ids):
         grid = (len(ids), triton.cdiv(num_pairs, _PAIRS))
-        _rows_over_kernel[grid](rows.view(torch.int16), ids, masks, limits, over, num_pairs, PAIRS=_PAIRS, num_warps=8)
+        _rows_over_kernel[grid](
+            rows.view(torch.int16),
+            ids,
+            masks,
+            limits,
+            over,
+            num_pairs,
+            PAIRS=_PAIRS,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
     return over.bool()
