@@ -10,7 +10,7 @@ from antefix.events import redis_stream
 from antefix.events.address import check_url
 from antefix.events.block_events import keys_of
 from antefix.events.numbered_log import Cursor
-from antefix.events.redis_stream import StreamPublisher, memory_stream
+from antefix.events.redis_stream import StreamPublisher, StreamReader, memory_stream
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
 from tests.events.sources import EVENT_KEYS
@@ -65,6 +65,14 @@ class Rack:
             for worker in self.workers
         )
 
+    def has_places(self):
+        """Whether every router reads all workers' streams. An event sent before that is a gap for it, which costs one
+        more snapshot.
+        """
+        return all(
+            memory_stream(worker.address) in feed._reader._last for feed, _ in self.routers for worker in self.workers
+        )
+
     async def close(self):
         for publisher in self.publishers:
             await publisher.__aexit__(None, None, None)
@@ -88,7 +96,7 @@ async def rack_at():
 
 
 async def snapshots_settled(rack):
-    await until(rack.is_known)
+    await until(lambda: rack.is_known() and rack.has_places())
     return [feed.counters.num_snapshots for feed, _ in rack.routers]
 
 
@@ -119,6 +127,25 @@ async def test_changes_travel_through_redis_and_not_by_snapshots(start_redis, ra
     await until(rack.is_known)
     assert [feed.counters.num_snapshots for feed, _ in rack.routers] == settled
     assert feed.counters.num_events > 1
+
+
+async def test_changes_before_a_router_reads_the_stream_cost_one_more_snapshot(start_redis, rack_at, monkeypatch):
+    may_read, find_place = asyncio.Event(), StreamReader._find_place
+
+    async def late(reader, stream):
+        await may_read.wait()
+        await find_place(reader, stream)
+
+    monkeypatch.setattr(StreamReader, "_find_place", late)
+    rack = rack_at(start_redis().url)
+    worker = await rack.worker()
+    feed, _ = await rack.router()
+    await until(rack.is_known)
+    worker.memory.store(CHAIN[:30])
+    await until(lambda: rack.publishers[0]._told == worker.memory.log.cursor)
+    may_read.set()
+    await until(rack.is_known)
+    assert (feed.counters.num_gaps, feed.counters.num_snapshots) == (1, 2)
 
 
 async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start_redis, rack_at):
