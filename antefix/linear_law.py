@@ -27,6 +27,9 @@ from antefix.errors import InternalError
 MEMORY = 0.95
 # The share of an observation's log error that the level takes over: of a factor of 3, 1.3 is left after 5 observations.
 FOLLOW = 0.25
+# The same for laws of loads. It is small: what the level takes over does not decay, and a tier that looks slow is not
+# read, so its law would not be corrected.
+LOAD_FOLLOW = 0.05
 # The most that one observation counts as an error, so that a single hiccup moves level and shape little.
 _ERROR_MAX = 1.5
 # Errors above this count less in the shape.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol, runtime_checkable
 
 from antefix.errors import DeadlineExceeded, Unavailable
-from antefix.linear_law import SECONDS_MIN, LinearLaw
+from antefix.linear_law import LOAD_FOLLOW, SECONDS_MIN, LinearLaw
 from antefix.record import Held, RecordKind
 from antefix.store.standing import Standing
 from antefix.tier_kind import TierKind, label_of
@@ -30,8 +30,6 @@ _PRIORS: Final = {
 # The share of a prediction's log error that one read corrects, and the limit of the whole correction (a factor of e^9).
 _BELIEF: Final = 0.4
 _SLOWER_MAX: Final = 9.0
-# The share of a read's log error that the law's level takes over. It is small: what it takes over does not decay.
-_FOLLOW: Final = 0.05
 # The half-life of a measured slowdown while the tier is not read, in seconds.
 _FORGOTTEN_S: Final = 30.0
 # The half-life of the bytes that count as read recently, in seconds.
@@ -84,7 +82,7 @@ class TierSpeed:
 
     def __init__(self, kind: TierKind, clock: Callable[[], float] = time.monotonic) -> None:
         latency_s, bytes_per_s = _PRIORS[kind]
-        self._law: Final = LinearLaw((latency_s, 1 / bytes_per_s), (1.0, _TYPICAL_BYTES), follow=_FOLLOW)
+        self._law: Final = LinearLaw((latency_s, 1 / bytes_per_s), (1.0, _TYPICAL_BYTES), follow=LOAD_FOLLOW)
         self._clock = clock
         # The logarithm of the slowdown factor, and when it was measured.
         self._slower, self._measured_s = 0.0, clock()

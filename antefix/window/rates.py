@@ -16,10 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antefix.errors import InternalError
-from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
-
-# The share of a load's log error that its law's level takes over.
-_LOAD_FOLLOW = 0.05
+from antefix.linear_law import LOAD_FOLLOW, MEMORY, SECONDS_MIN, Law, LinearLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +103,7 @@ class Rates:
         if tier not in self._load:
             p = self._priors
             self._load[tier] = LinearLaw(
-                (p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory, _LOAD_FOLLOW
+                (p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory, LOAD_FOLLOW
             )
         return self._load[tier]
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from antefix.linear_law import LinearLaw
+from antefix.linear_law import LOAD_FOLLOW, LinearLaw
 from antefix.located import ReadSpeed
 from antefix.window import (
     BudgetState,
@@ -156,8 +156,8 @@ class _Run:
                     load_fixed_s=machine.disk_fixed_s,
                 ),
                 tiers={
-                    PEER: LinearLaw((machine.peer_fixed_s, 1 / machine.peer_bytes_per_s), (1.0, 32e6)),
-                    OBJECT: LinearLaw((machine.object_fixed_s, 1 / machine.object_bytes_per_s), (1.0, 32e6)),
+                    PEER: _law(machine.peer_fixed_s, machine.peer_bytes_per_s),
+                    OBJECT: _law(machine.object_fixed_s, machine.object_bytes_per_s),
                 },
             ),
         )
@@ -502,6 +502,11 @@ class _Run:
             before_ttft_p90_s=before[1],
             after_ttft_p90_s=after[1],
         )
+
+
+def _law(fixed_s: float, bytes_per_s: float) -> LinearLaw:
+    """The law of a tier's loads, as a worker has it."""
+    return LinearLaw((fixed_s, 1 / bytes_per_s), (1.0, 32e6), follow=LOAD_FOLLOW)
 
 
 def _loads(addresses: list[str]) -> Loads:
