@@ -5,8 +5,8 @@
 The model has V4-Flash's width, bfloat16 and random weights (`card_restore.random_model`). Sequences of `--behind`
 tokens decode step after step, as the scheduler of a decode worker runs them, and a prompt of `--tokens` tokens is
 computed in the same compute thread. A step's delay is its time, from asking for it until its tokens are on the host,
-less the median time of steps without the prompt. "whole chunks" runs the same without pauses between a chunk's layers,
-as earlier versions did.
+less the median time of steps without the prompt. "whole chunks" runs the same code, but no steps between a chunk's
+layers, and cuts no chunk. Its host still stays at most one layer ahead of the GPU; earlier versions had no such limit.
 """
 
 from __future__ import annotations
