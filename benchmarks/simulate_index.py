@@ -201,6 +201,10 @@ class SimulatedBucket:
         end = self.sizes[name] - TAIL_BYTES
         return self._ends[name][start - end : stop - end]
 
+    @property
+    def num_asked_again(self) -> int:
+        return 0
+
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         self._tiles[name] = b"".join(bytes(part) for part in parts)
         self.counts["puts"] += 1

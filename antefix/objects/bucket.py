@@ -40,6 +40,10 @@ class Bucket(Protocol):
     def url(self) -> str:
         """The URL as it was given, to show to people."""
 
+    @property
+    def num_asked_again(self) -> int:
+        """How many requests of `open_range` were sent a second time, because no answer began."""
+
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write an object with these bytes, atomically. The new object replaces an object of the same name."""
 

@@ -90,6 +90,10 @@ class CloudBucket:
             raise ConfigError(f"object store {url}: {err}") from err
         self._direct = self._signed_ranges()
 
+    @property
+    def num_asked_again(self) -> int:
+        return self._direct.num_asked_again if self._direct is not None else 0
+
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes] or [memoryview(b"")]
         with self._telling(name):

@@ -32,6 +32,10 @@ class FileBucket:
         # A separate thread pool, so that a hanging mount of the directory blocks nothing else.
         self._threads: Final = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-bucket")
 
+    @property
+    def num_asked_again(self) -> int:
+        return 0
+
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         await self._in_thread(lambda: self._put(name, parts))
 

@@ -23,6 +23,10 @@ READS: Final[Table] = {
         name="antefix_object_broken_ranges",
         help="Direct range reads of objects that broke off; the rest of each was read through the library.",
     ),
+    "num_asked_again": Shown(
+        name="antefix_object_asked_again_ranges",
+        help="Requests for ranges of objects that were sent a second time, because no answer began.",
+    ),
     "bytes_read": Shown(
         name="antefix_object_read_bytes",
         help="Bytes that range reads of objects returned, including gaps between records and headers of records.",

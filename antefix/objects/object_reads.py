@@ -50,15 +50,16 @@ _DIRECT_S: Final = 30.0
 @dataclass(slots=True)
 class ObjectReadCounters:
     """num_ranges: including num_direct_ranges, which were read straight into their buffers.  num_broken_ranges: direct
-    reads that broke off; the rest was read in the other way.  num_gone: segments that were deleted while they were
-    read.  num_read_again: records that failed a check once.  num_bad: records that failed twice, or whose segment is
-    gone.
+    reads that broke off; the rest was read in the other way.  num_asked_again: as of the bucket.  num_gone: segments
+    that were deleted while they were read.  num_read_again: records that failed a check once.  num_bad: records that
+    failed twice, or whose segment is gone.
     """
 
     num_blocks: int = 0
     num_ranges: int = 0
     num_direct_ranges: int = 0
     num_broken_ranges: int = 0
+    num_asked_again: int = 0
     bytes_read: int = 0
     num_gone: int = 0
     num_read_again: int = 0
@@ -135,7 +136,11 @@ class ObjectReads:
         segment, start, stop = wanted[0].place.segment, wanted[0].place.offset, wanted[-1].place.stop
         for want in wanted:
             want.problem = ""
-        source = await self._bucket.open_range(segment.name, start, stop)
+        try:
+            source = await self._bucket.open_range(segment.name, start, stop)
+        finally:
+            # Also after a failure or a cancellation.
+            self.counters.num_asked_again = self._bucket.num_asked_again
         if source is None:
             return wanted
         limit_s, began_s = self._usual.late_s, time.monotonic()

@@ -178,6 +178,7 @@ COUNTED = {
     "num_ranges": "antefix_object_ranges",
     "num_direct_ranges": "antefix_object_direct_ranges",
     "num_broken_ranges": "antefix_object_broken_ranges",
+    "num_asked_again": "antefix_object_asked_again_ranges",
     "num_read_again": "antefix_object_read_again_records",
     "num_records": "antefix_object_written_records",
     "num_segments": "antefix_object_written_segments",
