@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from antefix.block import Chain
 from antefix.layout import KVGeometry
-from antefix.model import indexer, mhc, model_config, numerics, runner
+from antefix.model import arithmetic, indexer, mhc, model_config, numerics, runner
 from antefix.model.attend import advance_ring
 from antefix.model.ops import TorchOps
 from antefix.model.replay import _Part
@@ -43,7 +43,11 @@ SET_UPS = "set-ups"
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """plan: a fixed model, or SET_UPS for other processes.  place: a pattern that one of the failures must match."""
+    """plan: a fixed model, or SET_UPS for other processes.  place: a pattern that one of the failures must match.
+
+    other_plans: further models, for a fault that a processor's kernels may hide with the first. in_products: whether
+    the fault is one of products, which may change no bit with a processor's kernels.
+    """
 
     plant: Callable[[Patch], None]
     plan: str
@@ -51,6 +55,8 @@ class Mutation:
     place: str
     strategies: tuple[str, ...] = ("zero",)
     real_store: bool = False
+    other_plans: tuple[str, ...] = ()
+    in_products: bool = False
 
 
 def reach_without_overlap(patch: Patch) -> None:
@@ -70,6 +76,10 @@ def weights_padded_after_the_transpose(patch: Patch) -> None:
     patch.setattr(numerics, "_pad_matrix", lambda b, rows, columns: F.pad(b, (0, columns, 0, rows)))
 
 
+def rows_not_padded(patch: Patch) -> None:
+    patch.setattr(numerics, "ROW_TILE", 1)
+
+
 def bare_product_in_sinkhorn(patch: Patch) -> None:
     def sinkhorn(logits: torch.Tensor, num_iters: int, eps: float) -> torch.Tensor:
         num_streams = logits.shape[1]
@@ -84,6 +94,7 @@ def bare_product_in_sinkhorn(patch: Patch) -> None:
         return x.view(logits.shape)
 
     patch.setattr(mhc, "sinkhorn", sinkhorn)
+    patch.setattr(arithmetic, "sinkhorn", sinkhorn)
 
 
 def sigmoid_of_the_library(patch: Patch) -> None:
@@ -255,9 +266,23 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     # Arithmetic.
     "weights are padded after they were transposed": Mutation(
-        weights_padded_after_the_transpose, "odd-sizes", ("arithmetic", "cuts"), r"100 x 6: depends on a row's place"
+        weights_padded_after_the_transpose,
+        "odd-sizes",
+        ("arithmetic", "cuts"),
+        r"100 x 6: depends on a row's place",
+        in_products=True,
     ),
-    "sinkhorn has a bare product": Mutation(bare_product_in_sinkhorn, "odd-sizes", ("cuts",), r"cut at|in a batch"),
+    "rows are not padded to whole tiles": Mutation(
+        rows_not_padded, "odd-sizes", ("arithmetic", "cuts"), r"100 x 6: depends on a row's place"
+    ),
+    # AVX-512 kernels sum the 9 columns of 3 streams in one order for any rows, and the 16 of 4 streams from 2 rows on.
+    "sinkhorn has a bare product": Mutation(
+        bare_product_in_sinkhorn,
+        "odd-sizes",
+        ("arithmetic", "cuts"),
+        r"sinkhorn of \d streams: depends on a row's place|cut at|in a batch",
+        other_plans=("pro",),
+    ),
     "sigmoid is the library's": Mutation(
         sigmoid_of_the_library, "odd-sizes", ("arithmetic", "cuts"), r"sigmoid|cut at|in a batch"
     ),

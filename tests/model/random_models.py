@@ -34,6 +34,7 @@ AWKWARD: dict[str, dict[str, Any]] = {
     },
     "window only": {"layer_types": [W, W, W], "hc_mult": 2},
     "one head": {"num_attention_heads": 1, "o_groups": 1, "index_topk": 33, "hc_mult": 1, "num_experts_per_tok": 1},
+    "one wide stream": {"hidden_size": 300, "hc_mult": 1},
     "three heads": {"num_attention_heads": 3, "o_groups": 1, "hc_mult": 6, "scoring_func": "sigmoid"},
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from antefix.model import arithmetic_cache, numerics, probe
 from antefix.model.arithmetic import COLUMNS_MAX, steps_of
 from antefix.model.probe_steps import numbers
 from antefix.model.setup import Setup, setup_of
+from tests.model.planted import shows, skip_if_harmless
 from tests.model.random_models import make
 from tests.waiting import AT_MOST_S
 
@@ -59,6 +60,14 @@ def measured() -> dict[tuple[str, int], list[list[str]]]:
     return found
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_names_are_equal_where_and_only_where_bits_are(measured: dict[tuple[str, int], list[list[str]]]) -> None:
     for one in measured.values():
         for other in measured.values():
@@ -92,23 +101,57 @@ def test_a_row_alone_that_takes_another_kernel_is_seen(monkeypatch: pytest.Monke
     assert measured.failed
 
 
+def padded_after_the_transpose(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(numerics, "COLUMN_TILE", 1)
+    patch.setattr(numerics, "_pad_matrix", lambda b, rows, columns: F.pad(b, (0, columns, 0, rows)))
+
+
+def columns_in_eights(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(numerics, "COLUMN_TILE", 8)
+
+
+def columns_not_padded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(numerics, "COLUMN_TILE", 1)
+
+
+def test_a_fault_is_called_harmless_only_if_its_bits_are() -> None:
+    assert shows(lambda patch: patch.setattr(numerics, "ROW_TILE", 1), make("hidden 100, 6 experts"))
+    assert not shows(lambda _: None, make("hidden 100, 6 experts"), threads=3)
+
+
 def test_weights_that_are_padded_after_they_were_transposed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not probe(make("hidden 100, 6 experts")).failed
-    monkeypatch.setattr(numerics, "COLUMN_TILE", 1)
-    monkeypatch.setattr(numerics, "_pad_matrix", lambda b, rows, columns: F.pad(b, (0, columns, 0, rows)))
+    skip_if_harmless(padded_after_the_transpose, make("hidden 100, 6 experts"))
+    padded_after_the_transpose(monkeypatch)
     measured = probe(make("hidden 100, 6 experts"))
     assert any(text.startswith("100 x 6:") for text in measured.failed)
     assert not measured.ignores_shapes
 
 
-def test_columns_that_threads_divide_between_them_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four streams need 24 columns. Three threads take eight each, and the kernel for eight sums in another order."""
-    monkeypatch.setattr(numerics, "COLUMN_TILE", 8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    measured = probe(make("plain"))
-    torch.set_num_threads(before)
-    assert measured.name.endswith("-t3")
+def test_columns_that_threads_divide_between_them_are_seen(
+    monkeypatch: pytest.MonkeyPatch, three_threads: None
+) -> None:
+    """Four streams need 24 columns. Three threads take eight each, and AVX2's kernel for eight sums in another order.
+
+    AVX-512 kernels sum them in one order.
+    """
+    skip_if_harmless(columns_in_eights, make("plain"), threads=3)
+    columns_in_eights(monkeypatch)
+    assert probe(make("plain")).name.endswith("-t3")
+
+
+def test_rows_of_one_column_that_threads_divide_between_them_are_seen(
+    monkeypatch: pytest.MonkeyPatch, three_threads: None
+) -> None:
+    """One stream needs one column. Three threads divide 112 rows unevenly, and a remainder of rows sums otherwise.
+
+    They divide the probe's 144 rows evenly, so with AVX-512 kernels only a piece shows it.
+    """
+    model = make("one wide stream")
+    assert not probe(model).failed
+    skip_if_harmless(columns_not_padded, model, threads=3)
+    columns_not_padded(monkeypatch)
+    assert any(text.startswith("300 x 1:") for text in probe(model).failed)
 
 
 def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
