@@ -10,7 +10,8 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 or `multiply_each`, which pad rows and columns to whole tiles and cut long sums themselves.
                 Measured with 1 to 16 threads on an AMD EPYC (AVX2 kernels) and on Intel Xeons (AVX-512 kernels): plain
                 products in whole tiles are such chains on all of them, so all give the same bits. Pairs with a
-                transposed right side need more rows on a Xeon (TURNED_ROWS).
+                transposed right side need more rows on a Xeon (TURNED_ROWS). A Xeon that is told to use MKL's AVX2
+                kernels has products that are no such chains: there the probe says that rows depend on their place.
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
     sums        PyTorch divides a sum over a middle dim between threads by columns, and its order of addition depends

@@ -151,7 +151,8 @@ def test_rows_of_one_column_that_threads_divide_between_them_are_seen(
     assert not probe(model).failed
     skip_if_harmless(columns_not_padded, model, threads=3)
     columns_not_padded(monkeypatch)
-    assert any(text.startswith("300 x 1:") for text in probe(model).failed)
+    measured = probe(model)
+    assert measured.failed or measured.name.endswith("-t3")
 
 
 def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
