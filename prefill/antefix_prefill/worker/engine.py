@@ -343,11 +343,7 @@ def _build_engine(
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(tiers=tier_laws(store)), align_tokens=align_tokens),
         keyring=keyring,
-        # On a CPU shorter chunks cost more than they gave (docs/PERFORMANCE.md). There, chunks have pauses only if they
-        # run neither compiled nor on several threads.
-        compute=ComputeThread(
-            "model", step_delay_max_s=config.step_delay_max_ms / 1000 if model.device.type == "cuda" else math.inf
-        ),
+        compute=_compute_thread(config, model),
         prefill_chunk=config.prefill_chunk,
         fingerprint=fingerprint.digest,
         labels=fingerprint.labels,
@@ -369,6 +365,13 @@ def _build_engine(
         borrows=borrows,
         ranks=ranks,
     )
+
+
+def _compute_thread(config: EngineConfig, model: Model) -> ComputeThread:
+    # On a CPU shorter chunks cost more than they gave (docs/PERFORMANCE.md). There, chunks have pauses only if they
+    # run neither compiled nor on several threads.
+    is_on_card = model.device.type == "cuda"
+    return ComputeThread("model", step_delay_max_s=config.step_delay_max_ms / 1000 if is_on_card else math.inf)
 
 
 def tier_laws(store: Store) -> Mapping[str, Law]:
