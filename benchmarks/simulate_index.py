@@ -67,7 +67,7 @@ def main() -> int:
         "--write-bytes-per-s",
         type=float,
         default=50e6,
-        help="bytes per second of a tile, made and uploaded",
+        help="bytes per second at which a host makes and uploads a segment",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -2,7 +2,7 @@
 copied.
 
 Spans lie in two buffers, which are pinned where tensors are on a GPU; no other part of a file is ever in memory.
-If the model keeps another number type than the file, numbers are converted while they are copied.
+If the model has another dtype than the file, numbers are converted while they are copied.
 
 Span:  up to SPAN_BYTES of a file, cut between numbers; holds pieces of one tensor or of several.
 """

@@ -64,7 +64,7 @@ def stretch_from_wire(message: kvstore_pb2.StoredStretch) -> Stretch:
         costs_ms=tuple(message.costs_ms),
     )
     if any(number >= len(hashes) for number in stretch.checkpoints) or len(stretch.ttls_s) != len(stretch.names):
-        raise InternalError("a store's answer is inconsistent: parts of a list of records differ in length")
+        raise InternalError("a store's answer is inconsistent: its lists of names, hashes and times differ in length")
     return stretch
 
 

@@ -258,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="time limit of the training in minutes, compilation included"
     )
-    parser.add_argument("--start", type=Path, help="master.safetensors of an earlier run, whose training is continued")
+    parser.add_argument("--start", type=Path, help="continue training from this master.safetensors of an earlier run")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on every learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)

@@ -149,7 +149,7 @@ class BilledFront:
 
 
 class Front(BilledFront):
-    """The `BilledFront` of a router in front of our own workers."""
+    """The `BilledFront` that uses our own prefill and decode workers, not another engine's."""
 
     def __init__(
         self,

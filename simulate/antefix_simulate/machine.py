@@ -50,7 +50,7 @@ class Machine:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
 
     def compute_s(self, tokens: int, *, context: int) -> float:
-        """Time of prefill or replay of `tokens` tokens after `context` others, without jitter."""
+        """Seconds to compute `tokens` tokens after `context` others, without jitter. Replay counts as prefill does."""
         if not tokens:
             return 0.0
         growth = 1 + (context + tokens / 2) / self.context_half_tokens

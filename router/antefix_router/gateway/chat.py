@@ -146,7 +146,7 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 
 
 def _delta_json(delta: Delta, call_ids: list[str]) -> dict[str, Any] | None:
-    """call_ids: the ids of the calls so far, in order; extended here. Returns None if this API has no form for the
+    """call_ids: the ids of the calls so far, in order; extended here. Returns None if this API cannot express the
     delta.
     """
     if delta.call is None:
