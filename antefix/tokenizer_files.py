@@ -71,7 +71,9 @@ def special_tokens_of(file: Path) -> dict[str, int]:
         raise ModelError(f"{file}: special_tokens must name at most {ADDED_TOKENS_MAX} tokens")
     for name, number in tokens.items():
         if not name or type(number) is not int or not NUM_BYTES <= number <= _TOKEN_MAX:
-            raise ModelError(f"{file}: special token {name!r:.100} must have a name and a number of {NUM_BYTES} or more")
+            raise ModelError(
+                f"{file}: special token {name!r:.100} must have a name and a number of {NUM_BYTES} or more"
+            )
     return tokens
 
 

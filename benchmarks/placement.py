@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument(
         "--guess",
         action="store_true",
-        help="simulate workers that do not report which blocks they hold; the router guesses from the requests that it sent",
+        help="simulate workers that do not report their blocks; the router guesses from the requests that it sent",
     )
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()

@@ -97,7 +97,10 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=("cold", "tiers", "waiting"), default=["tiers", "waiting"])
     parser.add_argument("--keep", type=Path, help="directory that keeps the computed KV for later runs")
     parser.add_argument(
-        "--cold-step", type=int, default=65_536, help="a cold run sends the prompt in growing parts; each request computes this many tokens more"
+        "--cold-step",
+        type=int,
+        default=65_536,
+        help="a cold run sends the prompt in growing parts; each request computes this many tokens more",
     )
     parser.add_argument(
         "--limit-s", type=float, default=3600.0, help="start no further step of a cold run after this many seconds"

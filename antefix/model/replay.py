@@ -3,7 +3,8 @@
 At layer l, the state after `stop` depends on the inputs of the last `KVGeometry.replay_reach[l]` tokens: the layer's
 own window, the last group of CSA's compressors, and n_win - 1 more tokens for each layer above, because the state of
 those layers is made from this layer's output. So each layer runs fewer tokens than the one below. The top layer
-computes only window KV and no queries, because nothing reads its output. In total this is about half the work of running every token through every layer.
+computes only window KV and no queries, because nothing reads its output. In total this is about half the work of
+running every token through every layer.
 
 Replay cannot write global KV, because it never calls `compress_and_pack`, the only operation in `ops` that writes.
 

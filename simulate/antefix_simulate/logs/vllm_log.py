@@ -1,4 +1,6 @@
-r"""Reads requests from vLLM's own log. vLLM needs `--enable-log-requests`, and `--enable-log-outputs` for lengths of answers.
+r"""Reads requests from vLLM's own log.
+
+vLLM needs `--enable-log-requests`, and `--enable-log-outputs` for lengths of answers.
 
     INFO 10-09 12:00:01 [logger.py:39] Received request ID: prompt: '...', params: ..., prompt_token_ids: [1, 2], ...
     DEBUG 10-09 12:00:01 [logger.py:55] Request ID details: prompt: '...', prompt_token_ids: [1, 2], ...
