@@ -143,7 +143,7 @@ $(COMPILED)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 test-compiled: setup $(COMPILED)/.ready
-	$(COMPILED)/bin/python -m pytest -rs tests/model/test_compiled.py tests/model/test_steps.py tests/kvstore/test_checked_copy.py
+	$(COMPILED)/bin/python -m pytest -rs tests/model/test_compiled.py tests/model/test_steps.py tests/kvstore/test_checked_copy.py tests/shared/test_lane_code.py
 	$(COMPILED)/bin/python -m antefix_console verify
 
 # Every kernel compiled for Hopper by the Triton that cards run, without a card: an environment of its own in .cards/,

@@ -1,23 +1,33 @@
 """Block hashes of hash kind 3: all blocks' tokens are hashed at once and their digests chained (docs/FORMAT.md).
 
-Calling a hash function once per block would cost more than hashing the block's 128 tokens. So a prompt takes a few
-dozen calls in all; each call
-processes one 16-byte piece of every block. The block hash and the hash of the chain are standard MACs under keys of
-the tenant: AES-CMAC (NIST SP 800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of
-the digests so far. Anyone with a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no
+Calling a hash function once per block would cost more than hashing the block's 128 tokens. So a prompt takes some dozen
+calls per 2,048 blocks; each call processes one 16-byte piece of every block. Where llvmlite is installed, machine code
+does the same in one call (`lane_code.py`). The block hash and the hash of the chain are standard MACs under keys of the
+tenant: AES-CMAC (NIST SP 800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of the
+digests so far. Anyone with a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no
 unkeyed hash is used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from typing import Final
+import logging
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from antefix.machine_code import MadeOnce
+
+if TYPE_CHECKING:
+    from antefix.lane_code import Functions
+
+log = logging.getLogger("antefix.names")
+
+Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
 _KEY_BYTES: Final = 32
@@ -25,10 +35,18 @@ _PIECE_BYTES: Final = 16
 _PIECE_WORDS: Final = 2
 _NUM_LANES: Final = 2
 _NO_STATE: Final = bytes(_PIECE_BYTES)
-# How many blocks are hashed at a time, so that their states stay in a core's cache. Measured for blocks of 512 bytes,
-# time for all leaves of a prompt of 1M tokens: 2.3 ms with 512 blocks at a time, 1.8 with 1024, 1.5 with 2048, 1.3 with
-# 4096, 1.25 with all 7813. Transposing all pieces first: 1.55 ms.
-_ROUND_BLOCKS: Final = 8192
+# How many blocks are hashed at a time, and of how many the pieces are gathered at a time, so that both stay in a core's
+# cache. Time for all leaves of a prompt of 1M tokens on a core with 1,280 KiB: 2.0 ms with 2048 and 512, 2.1 with 1024,
+# 2.5 with 512 and with all blocks at once. Gathering one piece of all blocks at a time, as before: 2.6 ms.
+_ROUND_BLOCKS: Final = 2048
+_GATHERED_BLOCKS: Final = 512
+# A call for so many blocks makes machine code, if that was not done before. Shorter prompts gain too little from it.
+_COMPILED_BLOCKS_MIN: Final = 512
+# Calls for fewer blocks are so short that they keep the interpreter's lock. To get it back could take longer.
+_UNLOCKED_BLOCKS_MIN: Final = 1024
+# Chains that are tried before machine code is used: tokens per block and blocks. Around the number of blocks that the
+# code encrypts at a time, and with blocks that are not whole pieces.
+_TRIED: Final = ((1, 1), (4, 7), (6, 8), (16, 9), (128, 15), (128, 16), (128, 17), (128, 33))
 # The constant R_128 of SP 800-38B, for 128-bit cipher blocks.
 _CMAC_POLYNOMIAL: Final = 0x87
 
@@ -42,14 +60,18 @@ class LaneHashes:
     """
 
     def __init__(self, root: bytes, key: bytes, block_size: int) -> None:
-        keys = {label: _key(root, key, block_size, label) for label in ("leaf", "c0", "c1", "n0", "n1")}
+        keys = [_key(root, key, block_size, label) for label in ("leaf", "c0", "c1", "n0", "n1")]
         # Made once, because making a cipher costs as much as encrypting a short prompt with it.
-        self._leaf_cipher = _ecb(keys["leaf"])
-        self._lanes = tuple((algorithms.AES(keys[f"c{lane}"]), _ecb(keys[f"n{lane}"])) for lane in range(_NUM_LANES))
-        self._block_bytes = 4 * block_size
-        self._last_mask = np.frombuffer(
-            _last_mask(self._leaf_cipher, is_whole=not self._block_bytes % _PIECE_BYTES), np.uint64
+        leaf_key, *lane_keys = keys
+        self._leaf_cipher = _ecb(leaf_key)
+        self._lanes = tuple(
+            (algorithms.AES(lane_keys[lane]), _ecb(lane_keys[_NUM_LANES + lane])) for lane in range(_NUM_LANES)
         )
+        self._block_bytes = 4 * block_size
+        self._last_mask = _last_mask(self._leaf_cipher, is_whole=not self._block_bytes % _PIECE_BYTES)
+        self._keys = keys
+        # The functions of machine code, and these keys as they need them.
+        self._prepared: tuple[Functions, Bytes] | None = None
 
     def names(self, parent: bytes | None, raw: memoryview) -> list[bytes]:
         """The hashes of consecutive blocks, of which `raw` holds the tokens (u32, little-endian).
@@ -57,27 +79,59 @@ class LaneHashes:
         parent: the hash of the block before the first of these blocks; None: they are the first blocks of the chain.
         """
         num_blocks = raw.nbytes // self._block_bytes
-        leaves = self._leaves(raw, num_blocks).data.cast("B")
-        names = np.empty((num_blocks, len(self._lanes)), np.complex128)
-        for lane, (chain_key, name_cipher) in enumerate(self._lanes):
-            state = _NO_STATE
-            if parent is not None:
-                state = name_cipher.decryptor().update(parent[lane * _PIECE_BYTES :][:_PIECE_BYTES])
-            states = Cipher(chain_key, modes.CBC(state)).encryptor().update(leaves)
-            names[:, lane] = np.frombuffer(name_cipher.encryptor().update(states), np.complex128)
+        code = _code().if_ready(begin=num_blocks >= _COMPILED_BLOCKS_MIN)
+        names = self._plain_names(parent, raw) if code is None else self.compiled_names(code, parent, raw)
         # One pass in C cuts the array into names.
         named: list[bytes] = names.view("V32").reshape(-1).tolist()
         return named
 
+    def compiled_names(self, code: Functions, parent: bytes | None, raw: memoryview) -> Bytes:
+        """As `names`, by machine code.  Shapes:  result [num_blocks, 32]."""
+        if self._prepared is None or self._prepared[0] is not code:
+            self._prepared = (code, code.prepared(self._keys, self._last_mask))
+        _, keys = self._prepared
+        rows = self._padded(np.frombuffer(raw, np.uint8).reshape(-1, self._block_bytes))
+        num_blocks, row_bytes = rows.shape
+        names = np.empty((num_blocks, _NUM_LANES * _PIECE_BYTES), np.uint8)
+        states = np.frombuffer(bytearray(b"".join(self._states(parent))), np.uint8)
+        run = code.names if num_blocks >= _UNLOCKED_BLOCKS_MIN else code.short_names
+        addresses = (each.ctypes.data for each in (keys, states, names))
+        run(rows.ctypes.data, num_blocks, row_bytes // _PIECE_BYTES, *addresses)
+        return names
+
+    def _plain_names(self, parent: bytes | None, raw: memoryview) -> Bytes:
+        """As `names`.  Shapes:  result [num_blocks, 32]."""
+        num_blocks = raw.nbytes // self._block_bytes
+        leaves = self._leaves(raw, num_blocks).data.cast("B")
+        names = np.empty((num_blocks, _NUM_LANES), np.complex128)
+        for lane, ((chain_key, name_cipher), state) in enumerate(zip(self._lanes, self._states(parent), strict=True)):
+            states = Cipher(chain_key, modes.CBC(state)).encryptor().update(leaves)
+            names[:, lane] = np.frombuffer(name_cipher.encryptor().update(states), np.complex128)
+        return names.view(np.uint8)
+
+    def _states(self, parent: bytes | None) -> list[bytes]:
+        """Each lane's state after the block of this name; zeros before the first block."""
+        if parent is None:
+            return [_NO_STATE] * _NUM_LANES
+        return [
+            name_cipher.decryptor().update(parent[lane * _PIECE_BYTES :][:_PIECE_BYTES])
+            for lane, (_, name_cipher) in enumerate(self._lanes)
+        ]
+
     def _leaves(self, raw: memoryview, num_blocks: int) -> Words:
         """AES-CMAC of each block's tokens.  Shapes:  [num_blocks, 2]."""
         rows = self._padded(np.frombuffer(raw, np.uint8).reshape(num_blocks, self._block_bytes))
-        # One array item per 16-byte piece, so that gathering one piece of each block moves 16 bytes at a time.
+        # One array item per 16-byte piece, so that gathering the pieces moves 16 bytes at a time.
         pieces = rows.view(np.complex128)
         leaves = np.empty((num_blocks, _PIECE_WORDS), np.uint64)
+        gathered = np.empty(min(num_blocks, _ROUND_BLOCKS) * pieces.shape[1], np.complex128)
         for first in range(0, num_blocks, _ROUND_BLOCKS):
             part = pieces[first : first + _ROUND_BLOCKS]
-            leaves[first : first + len(part)] = self._chained(part)
+            columns = gathered[: part.size].reshape(part.shape[::-1])
+            for start in range(0, len(part), _GATHERED_BLOCKS):
+                end = start + _GATHERED_BLOCKS
+                np.copyto(columns[:, start:end], part[start:end].T)
+            leaves[first : first + len(part)] = self._chained(columns.view(np.uint64))
         return leaves
 
     def _padded(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -88,25 +142,57 @@ class LaneHashes:
         padded[:, self._block_bytes] = 0x80
         return padded
 
-    def _chained(self, pieces: npt.NDArray[np.complex128]) -> Words:
-        """The CMAC chaining over each block's pieces.  Shapes:  pieces [blocks, pieces] of 16 bytes; result [blocks,
-        2].
+    def _chained(self, pieces: Words) -> Words:
+        """The CMAC chaining over each block's pieces, which are overwritten.  Shapes:  pieces [pieces, 2 * blocks];
+        result [blocks, 2].
         """
-        num_blocks, num_pieces = pieces.shape
+        num_pieces, num_words = pieces.shape
         cipher = self._leaf_cipher.encryptor()
-        gathered = np.empty(num_blocks, np.complex128)
-        mixed = gathered.view(np.uint64)
         # The library requires an output buffer with room for one more cipher block than it fills.
-        room = np.zeros(_PIECE_BYTES * (num_blocks + 1), np.uint8)
-        states = room[:-_PIECE_BYTES].view(np.uint64)
-        source, target = mixed.data.cast("B"), room.data
-        for number in range(num_pieces):
-            np.copyto(gathered, pieces[:, number])
+        room = np.zeros(num_words + _PIECE_WORDS, np.uint64)
+        states, target = room[:num_words], room.data.cast("B")
+        for number, mixed in enumerate(pieces):
             np.bitwise_xor(states, mixed, out=mixed)
             if number == num_pieces - 1:
-                mixed.reshape(num_blocks, _PIECE_WORDS)[:] ^= self._last_mask
-            cipher.update_into(source, target)
-        return states.reshape(num_blocks, _PIECE_WORDS)
+                mixed.reshape(-1, _PIECE_WORDS)[:] ^= np.frombuffer(self._last_mask, np.uint64)
+            cipher.update_into(mixed.data.cast("B"), target)
+        return states.reshape(-1, _PIECE_WORDS)
+
+
+@functools.cache
+def _code() -> MadeOnce[Functions]:
+    return MadeOnce(_tried_code, log, "prompts are named without compiled code, which is slower")
+
+
+def compiled_code() -> Functions | None:
+    """Machine code that names blocks. None if llvmlite is not installed, or if the code is wrong on this machine."""
+    return _code().now()
+
+
+def used_instead(code: Functions | None) -> contextlib.AbstractContextManager[None]:
+    """In this context, all blocks of this process are named by `code`. For tests and benchmarks."""
+    return _code().used_instead(code)
+
+
+def _tried_code() -> Functions:
+    from antefix.lane_code import compiled
+
+    code = compiled()
+    if wrong := [tried for tried in _TRIED if not is_right(code, *tried)]:
+        raise RuntimeError(f"it named chains of these blocks wrongly: {wrong}")
+    return code
+
+
+def is_right(code: Functions, block_size: int, num_blocks: int) -> bool:
+    """Whether machine code names this many blocks as the library does, at the start of a chain and further on."""
+    lanes = LaneHashes(b"root", b"key", block_size)
+    tokens = np.arange(num_blocks * block_size, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    return all(
+        np.array_equal(
+            lanes.compiled_names(code, parent, tokens.data.cast("B")), lanes._plain_names(parent, tokens.data.cast("B"))
+        )
+        for parent in (None, bytes(range(32)))
+    )
 
 
 @functools.lru_cache(1024)

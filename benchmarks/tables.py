@@ -205,6 +205,7 @@ _LIMITS = (
     ("preadv and the sum of all words over the best preadv", "summed_ratio", 2, "for comparison"),
     ("fio's best durable writer over itself a moment before", "fio_over_fio", 2, "how much the disk varies"),
     ("naming 1M tokens and looking them up, ms", "lookup_ms", 1, "3 or less"),
+    ("the same without machine code", "lookup_uncompiled_ms", 1, "for comparison"),
     ("of it the store's own part, ms", "lookup_store_ms", 1, ""),
     ("index, bytes per block, 992,251 blocks", "index_bytes_per_block", 0, "200 or less"),
     ("opening after a crash, s", "open_crashed_s", 2, "1 or less"),
@@ -240,7 +241,14 @@ def store_in_short(record: Any) -> Iterable[Row]:
             yield name, f"{record[key]:.2f}", spread, wanted
 
 
-@table("store_limits.json", "kvstore/antefix_kvstore", "antefix/store_files", "antefix/store", "antefix/block.py")
+@table(
+    "store_limits.json",
+    "kvstore/antefix_kvstore",
+    "antefix/store_files",
+    "antefix/store",
+    "antefix/block.py",
+    "antefix/lane_hashes.py",
+)
 def limits(record: Any) -> Iterable[Row]:
     shown = [row for row in _LIMITS if row[1] in record]
     has_spread = any(f"{key}_low" in record for _, key, _, _ in shown)

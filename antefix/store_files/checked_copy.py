@@ -15,18 +15,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from antefix.machine_code import MadeOnce
 from antefix.store_files.record_format import RECORD_HEADER_BYTES
 
 log = logging.getLogger("antefix.store")
@@ -78,61 +78,33 @@ class CheckedReads:
         return int(self._local.address)
 
 
-class _Made:
-    """What `checked_reads` made in this process, once."""
-
-    def __init__(self) -> None:
-        self.began = not importlib.util.find_spec("llvmlite")
-        self.reads: CheckedReads | None = None
-
-    def make(self) -> None:
-        self.reads = checked_reads()
-
-
 @functools.cache
+def _code() -> MadeOnce[CheckedReads]:
+    return MadeOnce(_tried_reads, log, "blocks are read without compiled code, which is slower")
+
+
 def checked_reads() -> CheckedReads | None:
     """None if llvmlite is not installed, or if what it compiles is not XXH3 on this machine."""
-    try:
-        from antefix.store_files.checked_copy_code import compiled
-
-        reads = CheckedReads(*compiled(_PIECE_BYTES))
-        wrong = [nbytes for nbytes in _TRIED_BYTES if not _is_right(reads, nbytes)]
-    except ImportError:
-        return None
-    except (RuntimeError, AttributeError, OSError, ValueError, TypeError) as err:
-        log.warning("blocks are read without compiled code, which is slower: %s", err)
-        return None
-    if wrong:
-        log.warning("blocks are read without compiled code, which is slower: it read blocks of %s bytes wrongly", wrong)
-        return None
-    return reads
-
-
-@functools.cache
-def _made() -> _Made:
-    return _Made()
+    return _code().now()
 
 
 def reads_if_ready() -> CheckedReads | None:
     """As `checked_reads`, which takes some 0.3 s, but made in another thread; None until it is ready."""
-    made = _made()
-    if not made.began:
-        made.began = True
-        # At the end of a process no thread can be started, and none is needed.
-        with contextlib.suppress(RuntimeError):
-            threading.Thread(target=made.make, name="antefix-compile").start()
-    return made.reads
+    return _code().if_ready()
 
 
-@contextlib.contextmanager
-def used_instead(reads: CheckedReads | None) -> Iterator[None]:
+def used_instead(reads: CheckedReads | None) -> contextlib.AbstractContextManager[None]:
     """In this context, all readers of this process use `reads`. For tests and benchmarks."""
-    made = _made()
-    before, made.began, made.reads = (made.began, made.reads), True, reads
-    try:
-        yield
-    finally:
-        made.began, made.reads = before
+    return _code().used_instead(reads)
+
+
+def _tried_reads() -> CheckedReads:
+    from antefix.store_files.checked_copy_code import compiled
+
+    reads = CheckedReads(*compiled(_PIECE_BYTES))
+    if wrong := [nbytes for nbytes in _TRIED_BYTES if not _is_right(reads, nbytes)]:
+        raise RuntimeError(f"it read blocks of {wrong} bytes wrongly")
+    return reads
 
 
 def rows_of(

@@ -11,10 +11,9 @@ import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import llvmlite
-import llvmlite.binding as llvm
 from llvmlite import ir
 
+from antefix.machine_code import engine_of, new_module
 from antefix.store_files.checked_copy import ALIGN, ROW_WORDS
 from antefix.store_files.record_format import RECORD_HEADER_BYTES
 
@@ -47,23 +46,11 @@ def compiled(piece_bytes: int) -> tuple[Callable[..., int], Any]:
 
     Raises:  RuntimeError, AttributeError, ...: this version of llvmlite is too old, or knows no code for this machine.
     """
-    if tuple(map(int, llvmlite.__version__.split(".")[:2])) < (0, 45):
-        llvm.initialize()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    target = llvm.Target.from_default_triple()
-    machine = target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
-    module = ir.Module("checked_copy")
-    module.triple = target.triple
+    module = new_module("checked_copy")
     secret = ir.GlobalVariable(module, ir.ArrayType(_BYTE, len(_SECRET)), "secret")
     secret.initializer, secret.global_constant = ir.Constant(secret.value_type, bytearray(_SECRET)), True
     _define_read(module, secret, piece_bytes)
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
+    engine = engine_of(module)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     kind = ctypes.CFUNCTYPE(number, ctypes.c_int32, pointer, number, pointer, ctypes.c_int32)
     return kind(engine.get_function_address("read")), engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import xxhash
 
+from antefix.machine_code import MadeOnce
 from antefix.record import RecordKind
 from antefix.store_files import checked_copy, plain_reads
 from antefix.store_files.checked_copy import (
@@ -249,6 +251,5 @@ def test_the_code_hashes_and_copies_blocks_of_all_sizes() -> None:
 
 def test_without_llvmlite_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    made = checked_copy._Made()
-    assert made.began
-    assert made.reads is None
+    made = MadeOnce(lambda: pytest.fail("was made"), logging.getLogger(), "")
+    assert made.if_ready() is None
