@@ -13,7 +13,7 @@ from antefix import lane_hashes
 from antefix.block import Chain, chain_of
 from antefix.lane_hashes import is_right, used_instead
 from antefix.machine_code import MadeOnce, host_features
-from tests.waiting import wait_until
+from tests.waiting import AT_MOST_S, wait_until
 
 FINGERPRINT, KEY = b"F" * 32, b"k" * 32
 
@@ -77,7 +77,7 @@ def test_only_a_long_prompt_begins_to_make_code(monkeypatch: pytest.MonkeyPatch)
     names(np.arange(4 * (limit - 1), dtype=np.uint32), 4, 0)
     assert not began.is_set()
     names(np.arange(4 * limit, dtype=np.uint32), 4, 0)
-    assert began.wait(10)
+    wait_until(began.is_set)
 
 
 def test_code_that_is_wrong_is_not_used(
@@ -96,7 +96,7 @@ def test_code_is_made_once_and_meanwhile_nothing_waits(monkeypatch: pytest.Monke
 
     def make() -> str:
         calls.append(threading.current_thread().name)
-        go.wait(10)
+        go.wait(AT_MOST_S)
         return "code"
 
     made = MadeOnce(make, logging.getLogger(), "")
