@@ -61,24 +61,38 @@ class PartedLayers:
         for item in items:
             item.prepare()
 
-    def run(self, parts: Sequence[slice]) -> Tensor | None:
+    def run(self, parts: Sequence[slice], after_layer: Callable[[], None] | None = None) -> Tensor | None:
         """Streams [N, M, D] after the last layer; rows of padding may be missing.  parts: the rows of each thread.
-        Returns None if the threads were busy, in which case nothing has run.
+        after_layer: called by this thread after each layer of its part (`antefix.model.pauses`). The other threads
+        continue until they need its rows of the next layer. Returns None if the threads were busy, in which case
+        nothing has run.
         """
         layers = [_Layer(each, [None] * len(parts), [None] * len(self._items)) for each in self._attention]
         for layer in layers:
             layer.jobs = self._jobs(layer)
-        works = [functools.partial(self._run_part, layers, number, part) for number, part in enumerate(parts)]
+        works = [
+            functools.partial(self._run_part, layers, number, part, after_layer if number == 0 else None)
+            for number, part in enumerate(parts)
+        ]
         streams = run_each(works)
         return None if streams is None else torch.cat(streams)
 
-    def _run_part(self, layers: Sequence[_Layer], number: int, part: slice, meeting: Meeting) -> Tensor:
+    def _run_part(
+        self,
+        layers: Sequence[_Layer],
+        number: int,
+        part: slice,
+        after_layer: Callable[[], None] | None,
+        meeting: Meeting,
+    ) -> Tensor:
         model, positions = self._model, self._positions[part]
         tokens = self._tokens[part]
         live = tokens[: max(self._num_tokens - part.start, 0)]
         if (compiled := self._compiled(live, positions[: len(live)])) is not None:
             mine = slice(part.start, part.start + len(live))
-            return compiled.run(lambda layer, _, rows: self._meet(layers[layer], rows, mine, number, meeting))
+            return compiled.run(
+                lambda layer, _, rows: self._meet(layers[layer], rows, mine, number, meeting), after_layer
+            )
         ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
         streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
         for shared, module in zip(layers, model.model.layers, strict=True):
@@ -90,6 +104,8 @@ class PartedLayers:
             streams = expand(streams, output, post, comb)
             x, post, comb = layer.ffn_hc(streams)
             streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
+            if after_layer is not None:
+                after_layer()
         return streams
 
     def _compiled(self, tokens: Tensor, positions: Tensor) -> LayerRows | None:

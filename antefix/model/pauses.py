@@ -1,8 +1,9 @@
-"""Pauses between a chunk's layers, in which a worker may run other work on the same GPU.
+"""Pauses between a chunk's layers, in which a worker may run other work on the same GPU or the same thread of a CPU.
 
-A chunk of some thousand tokens keeps a GPU busy for up to a second. A decode step that came meanwhile would wait for
-the whole chunk. With pauses it waits for one layer. What runs in a pause must not touch the chunk's sequences; then no
-bit changes, because a layer's inputs are tensors of the call alone.
+A chunk of some thousand tokens keeps a GPU busy for up to a second, and one of some hundred a CPU for a tenth of a
+second. A decode step that came meanwhile would wait for the whole chunk. With pauses it waits for one layer. What runs
+in a pause must not touch the chunk's sequences; then no bit changes, because a layer's inputs are tensors of the call
+alone.
 """
 
 from __future__ import annotations

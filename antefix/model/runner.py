@@ -260,17 +260,17 @@ def _run_items(
             return together
         return LayerPass(model, pool, layer, attention, ops, write, steps).across(rows, split, together)
 
+    # Work of a pause would reach other ranks, and experts on the host, in the middle of this call.
+    may_pause = not single and model.lead is None and model.ranks is None and model.offload is None
+    after_layer = layers_pause(model.device) if may_pause else None
     found: Tensor | None = None
     if not single:
-        found = _run_parted(model, pool, items, tokens, positions, ops, threads, write=write)
+        found = _run_parted(model, pool, items, tokens, positions, ops, threads, after_layer, write=write)
     if found is None and _compiles_layers(model, ops):
-        found = _run_compiled(model, tokens[:num_tokens], positions[:num_tokens], attend_rows)
+        found = _run_compiled(model, tokens[:num_tokens], positions[:num_tokens], attend_rows, after_layer)
     last = [item.stop - 1 for item in items]
     # 3. Window states advance only when tokens are kept, so that a failed call can be repeated.
     if found is None:
-        # Work of a pause would reach other ranks, and experts on the host, in the middle of this call.
-        may_pause = not single and model.lead is None and model.ranks is None and model.offload is None
-        after_layer = layers_pause(model.device) if may_pause else None
         streams = run_layers(model, tokens, positions, num_tokens, attend, after_layer)
         hidden = model.model.norm(model.model.hc_head(streams))
         wanted = hidden[:num_tokens] if logits == "all" else hidden[last]
@@ -325,12 +325,14 @@ def _compiles_layers(model: Model, ops: Ops) -> bool:
     return type(ops) is TorchOps and is_compiled(model.lm_head.weight)
 
 
-def _run_compiled(model: Model, tokens: Tensor, positions: Tensor, attend: AttendRows) -> Tensor | None:
+def _run_compiled(
+    model: Model, tokens: Tensor, positions: Tensor, attend: AttendRows, after_layer: Callable[[], None] | None
+) -> Tensor | None:
     """The layers as a few compiled calls each: streams [N, M, D]. Returns None if this model cannot be run so."""
     from antefix.model.compiled.layers import layer_rows
 
     rows = layer_rows(model, tokens, positions)
-    return None if rows is None else rows.run(attend)
+    return None if rows is None else rows.run(attend, after_layer)
 
 
 def _run_parted(
@@ -341,6 +343,7 @@ def _run_parted(
     positions: Tensor,
     ops: Ops,
     threads: int,
+    after_layer: Callable[[], None] | None,
     *,
     write: bool,
 ) -> Tensor | None:
@@ -355,7 +358,7 @@ def _run_parted(
         for index, layer in enumerate(model.model.layers)
     ]
     compiles = _compiles_layers(model, ops)
-    return PartedLayers(model, layers, items, tokens, positions, compiles=compiles).run(parts)
+    return PartedLayers(model, layers, items, tokens, positions, compiles=compiles).run(parts, after_layer)
 
 
 class _Split:

@@ -1,10 +1,13 @@
 """Work that runs between the layers of a chunk changes no bit of the chunk, and gets none of its own changed."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
 
 from antefix.model import BlockPool, Sequence, WindowState, forward
+from antefix.model.compiled import check, switch
 from antefix.model.ops import TorchOps
 from antefix.model.pauses import layers_pause, with_pauses
 from tests.model.random_models import make
@@ -12,6 +15,32 @@ from tests.model.random_models import make
 
 class PlainOps(TorchOps):
     """Operations with which layers run one by one, as on a GPU."""
+
+
+NUMBA = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
+WAYS = [
+    "one thread",
+    "two threads",
+    *(pytest.param(f"compiled, {n}", marks=NUMBA) for n in ("one thread", "two threads")),
+]
+
+
+@pytest.fixture
+def on_threads(request, monkeypatch):
+    """Returns a model that runs in this way on this process's threads."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(check, "_refused", False)
+
+    def made(name):
+        model, way = make(name), request.param
+        model.threads_are_free = True
+        torch.set_num_threads(2 if "two" in way else 1)
+        assert "compiled" not in way or check.enable(model)
+        return model
+
+    yield made
+    switch.use(False)
+    torch.set_num_threads(before)
 
 
 def new_sequence(model, pool, num_tokens):
@@ -22,7 +51,15 @@ def new_sequence(model, pool, num_tokens):
 @pytest.mark.parametrize("name", ["plain", "odd everywhere"])
 @pytest.mark.parametrize("in_pauses", [True, False])
 def test_steps_between_a_chunks_layers_change_no_bit(name, in_pauses):
-    model, ops = make(name), PlainOps()
+    check_steps_in_pauses(make(name), PlainOps(), in_pauses=in_pauses)
+
+
+@pytest.mark.parametrize("on_threads", WAYS, indirect=True)
+def test_steps_run_between_the_layers_of_a_chunk_on_a_cpu(on_threads):
+    check_steps_in_pauses(on_threads("plain"), TorchOps(), in_pauses=True)
+
+
+def check_steps_in_pauses(model, ops, *, in_pauses):
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 300).astype(np.uint32)
     pool = BlockPool(model.layout, 64)
     chunk, stepping = new_sequence(model, pool, 300), new_sequence(model, pool, 300)

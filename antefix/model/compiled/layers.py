@@ -9,6 +9,7 @@ Shapes:  N = rows, a token each; M = streams, D = hidden size, H = heads, C = he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -236,8 +237,10 @@ class LayerRows:
         self._x, self._normed = new(num, config.hidden_size), new(num, config.hidden_size)
         self._work = new(num * max(plan.work_size for plan in plans) + 2 * config.num_experts)
 
-    def run(self, attend: AttendRows) -> Tensor:
-        """Run all layers. Returns the residual streams [N, M, D] after the last layer."""
+    def run(self, attend: AttendRows, after_layer: Callable[[], None] | None = None) -> Tensor:
+        """Run all layers. Returns the residual streams [N, M, D] after the last layer. after_layer: called after each
+        layer (`antefix.model.pauses`).
+        """
         model = self._model
         ropes = {kind: model.rope(kind, self._positions) for kind in set(model.config.geometry.layers)}
         embedded = model.model.embed_tokens(self._tokens).unsqueeze(1)
@@ -246,6 +249,8 @@ class LayerRows:
             cos, sin = ropes[plan.layer.self_attn.kind]
             rows = self.before(plan, cos, sin)
             self.feed(plan, attend(index, plan.layer.self_attn, rows), cos, sin)
+            if after_layer is not None:
+                after_layer()
         return self.streams
 
     @property

@@ -4,8 +4,9 @@
     chunks        of the tenant that has had the least time; of its prompts, the one with the least work left, and every
                   few turns the one that began first, so that a stream of short prompts starves nobody
 
-On a GPU, small jobs also run between the layers of a long chunk (`antefix.model.pauses`), so a decode step waits for
-one layer of a chunk. While steps run, chunks have no more tokens than a layer computes within `step_delay_max_s`.
+Small jobs also run between the layers of a chunk (`antefix.model.pauses`), so a decode step waits for one layer of a
+chunk, and a chunk that always finds a step waiting still computes a layer per step. On a GPU, while steps run, chunks
+have no more tokens than a layer computes within `step_delay_max_s`.
 
 So a prompt with few tokens left after a hit waits for the running chunk of a long prompt and for at most one more
 chunk, never for the whole long prompt. Chunks of such short prompts that wait at the same time run as one call of the

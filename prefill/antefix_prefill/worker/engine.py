@@ -368,8 +368,7 @@ def _build_engine(
 
 
 def _compute_thread(config: EngineConfig, model: Model) -> ComputeThread:
-    # On a CPU shorter chunks cost more than they gave (docs/PERFORMANCE.md). There, chunks have pauses only if they
-    # run neither compiled nor on several threads.
+    # On a CPU shorter chunks cost more than they gave (docs/PERFORMANCE.md); steps run between a chunk's layers.
     is_on_card = model.device.type == "cuda"
     return ComputeThread("model", step_delay_max_s=config.step_delay_max_ms / 1000 if is_on_card else math.inf)
 
