@@ -67,6 +67,9 @@ class FairTurns:
         """Whether a request that arrives now has to wait."""
         return self.num_running >= self._num_places or bool(self._waiting)
 
+    def has_waiting(self, tenant: str) -> bool:
+        return tenant in self._waiting
+
     @contextlib.asynccontextmanager
     async def turn(
         self, tenant: str, cost: float, *, share: int = 1, retry_after_s: float | None = None

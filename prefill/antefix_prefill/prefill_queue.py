@@ -53,7 +53,10 @@ class PrefillQueue:
         async with contextlib.AsyncExitStack() as place:
             with self.wait_s.time(), span("queue", num_waiting=self.num_waiting):
                 turns = self._turns
-                if turns.is_full and self._has_short_turns and await is_short():
+                # A prompt must not pass the tenant's earlier ones, although one of the other places has just become
+                # free: under overload some of them would wait twice as long as others.
+                would_pass = turns.is_full or self._short_turns.has_waiting(tenant)
+                if would_pass and self._has_short_turns and await is_short():
                     turns = self._short_turns
                 turn = turns.turn(tenant, float(num_tokens), share=share, retry_after_s=retry_after_s)
                 await place.enter_async_context(turn)

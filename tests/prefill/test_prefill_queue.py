@@ -61,6 +61,35 @@ async def test_another_tenants_short_rest_waits_for_no_place_of_a_busy_one():
     await asyncio.gather(*tasks)
 
 
+async def test_a_tenants_prompts_start_in_their_order_whichever_place_becomes_free():
+    queue, let_go, begun = PrefillQueue(2, 64, 1), [asyncio.Event() for _ in range(6)], []
+
+    async def ask(number, tenant="busy"):
+        async with queue.turn(1.0, answers(True), tenant=tenant):
+            begun.append(number)
+            await let_go[number].wait()
+
+    async def ask_now(*asked):
+        tasks.append(asyncio.create_task(ask(*asked)))
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    tasks = []
+    for number in range(4):
+        await ask_now(number)
+    # Three places are taken, and number 3 waits for the one for short prompts. Another one becomes free.
+    let_go[0].set()
+    await ask_now(4)
+    assert begun == [0, 1, 2]
+    # That a tenant's prompts wait keeps no other tenant waiting.
+    await ask_now(5, "another")
+    assert begun == [0, 1, 2, 5]
+    for each in let_go:
+        each.set()
+    await asyncio.gather(*tasks)
+    assert begun == [0, 1, 2, 5, 3, 4]
+
+
 async def test_without_such_places_everybody_waits():
     assert await started(PrefillQueue(1, 64, 0), False, True, True) == (1, 2)
 
