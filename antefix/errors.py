@@ -49,7 +49,12 @@ class ResourceExhausted(AntefixError):
 
 
 class Overloaded(ResourceExhausted):
-    """A queue is full. The caller backs off for `retry_after_s`."""
+    """A queue is full. The caller backs off for `retry_after_s`.
+
+    hold_s: for how long a server holds back the answer, because the caller does not back off.
+    """
+
+    hold_s: float = 0.0
 
 
 class StoreFull(ResourceExhausted):

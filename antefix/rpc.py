@@ -295,6 +295,8 @@ async def _abort(context: Context, err: Exception) -> None:
         raise err
     if isinstance(err, grpc.aio.AioRpcError):
         err = from_rpc_error(err)
+    if isinstance(err, errors.Overloaded) and err.hold_s:
+        await asyncio.sleep(err.hold_s)
     if isinstance(err, errors.AntefixError) and not isinstance(err, errors.InternalError):
         code, metadata = status_of(err)
         await context.abort(code, str(err), metadata)

@@ -1,14 +1,18 @@
 """Refuses requests whose wait for the first token would be too long. A request is refused by its head, before its body
 is read and before it has a bill.
 
-    wait = a tenant's waiting requests / its share among waiting tenants / first tokens per second measured under a
-    queue
+    wait = a tenant's waiting requests / its first tokens per second
 
-Workers serve tenants' queues in turn, so this predicts when the tenant's next request is served. A tenant with no
-waiting request is never refused here. No request is refused while fewer wait than the workers run at once. A refusal
-costs almost nothing. A request that is accepted and then abandoned by an impatient client costs as much as an answer.
+This is Little's law, which holds for any order in which requests are served. A tenant's first tokens per second are its
+share of all first tokens per second, measured while requests queue, or what it was seen to get if that is more.
 
-A short burst is not an overload: a queue that is new may have five times the wait of a queue that lasts.
+Until a queue has been measured, its rate is expected to be somewhat more than what was seen with fewer requests, so
+that a sudden overload is not let in whole. A tenant with no waiting request is never refused here. No request is
+refused while few wait. A request that has much work of its own does not count as waiting: workers let short requests
+pass it, and its own limit is --ttft-s-max. A refusal costs almost nothing. A request that is accepted and then
+abandoned by an impatient client costs as much as an answer.
+
+A short burst is not an overload: a queue that is new may have twice the wait of a queue that lasts.
 """
 
 from __future__ import annotations
@@ -19,22 +23,57 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from antefix.errors import Overloaded
 
 T = TypeVar("T")
 
-# After this time a served request counts a third. Only time with a queue counts, because without one the rate of served
-# requests only shows how many arrive.
-_MEMORY_S: Final = 10.0
-# How long a queue must last before its measured rate is used.
-_SEEN_S_MIN: Final = 3.0
-# A worker runs this many requests at once, so fewer waiting requests are not a queue.
-FREE_PER_WORKER: Final = 32
+# While this many requests wait per worker, the worker always has work, so the rate of first tokens is the most that it
+# can give. Fewer are never refused.
+BUSY_PER_WORKER: Final = 16
+# Fewer than this many waiting requests per worker are never refused in a burst.
+BURST_PER_WORKER: Final = 32
 # In multiples of the longest wait: the wait accepted in a burst, and how long a queue may last and still count as a
 # burst. After an overload it takes as long until a new queue counts as a burst.
-BURST_FACTOR: Final = 5
+BURST_FACTOR: Final = 2
+# After this time with a queue, a served request counts a third.
+_QUEUE_MEMORY_S: Final = 5.0
+# The same for time with at least one waiting request.
+_ANY_MEMORY_S: Final = 10.0
+# After this time without a queue, a measured queue counts a third.
+_FORGET_S: Final = 60.0
+# The rate that is expected of a new queue counts as much as this time with a queue, and then less and less. It no
+# longer counts after _MEASURED_S with a queue.
+_EXPECTED_S: Final = 1.0
+_MEASURED_S: Final = 3.0
+# A queue keeps workers busier than single requests do.
+_EXPECTED_FACTOR: Final = 1.5
+# A request whose own work takes more than this part of the longest wait does not count as waiting.
+_LONG_PART: Final = 0.5
+# At most this many refusals per second are answered at once for each tenant. Further ones are answered later, because a
+# client that asks again at once would otherwise keep the router busy with refusals.
+REFUSALS_PER_S: Final = 64.0
+_HELD_S_MAX: Final = 1.0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Decaying sums: seconds of some kind, and requests served in those seconds."""
+
+    seconds: float = 0.0
+    num_served: float = 0.0
+
+    def pass_time(self, passed_s: float, memory_s: float) -> None:
+        faded = math.exp(-passed_s / memory_s)
+        self.seconds = faded * self.seconds + memory_s * (1 - faded)
+        self.num_served *= faded
+
+    def forget(self, passed_s: float) -> None:
+        faded = math.exp(-passed_s / _FORGET_S)
+        self.seconds *= faded
+        self.num_served *= faded
 
 
 class LoadShedding:
@@ -53,17 +92,23 @@ class LoadShedding:
         self._num_workers = num_workers
         self._clock = clock
         self.share_of: Callable[[str], int] = lambda tenant: 1
+        # Requests without a first token: those that count, by tenant, and those with much work of their own.
         self._waiting: Counter[str] = Counter()
-        # Decaying sums: the time with a queue, and the requests served in that time.
-        self._queued_s = 0.0
-        self._num_served = 0.0
+        self._num_long = 0
+        # What was served while requests queued, and while any request waited.
+        self._in_queue = _Seen()
+        self._in_any = _Seen()
+        # Of `_in_queue.num_served`, the requests of each tenant.
+        self._served: dict[str, float] = {}
         self._seen_s = clock()
         # How long there has been a queue, minus later time without one.
         self._standing_s = 0.0
+        # For each tenant, the time at which its next refusal may be answered.
+        self._refused_s: dict[str, float] = {}
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting.total()
+        return self._waiting.total() + self._num_long
 
     @contextlib.contextmanager
     def waiting(self, tenant: str, *, may_refuse: bool = True) -> Iterator[None]:
@@ -83,50 +128,100 @@ class LoadShedding:
             place.leave()
 
     def wait_s(self, tenant: str) -> float:
-        """The predicted wait of the tenant's next request; 0 if there is no wait, or if the wait is not known yet."""
+        """The predicted wait of the tenant's next request; 0 if no request of the tenant waits, or only few requests
+        wait.
+        """
         self._pass()
-        own = self._waiting[tenant]
-        if not own or not self._has_queue or self._queued_s < _SEEN_S_MIN:
+        if not (own := self._waiting[tenant]) or not self._has_queue:
             return 0.0
-        num_turns = (own + 1) * sum(map(self.share_of, self._waiting)) / self.share_of(tenant)
-        return num_turns * self._queued_s / self._num_served if self._num_served else math.inf
+        part = self.share_of(tenant) / sum(map(self.share_of, self._waiting))
+        seen_per_s = self._served.get(tenant, 0.0) / (self._in_queue.seconds + self._expected_s)
+        per_s = max(part * self._per_s, seen_per_s)
+        return (own + 1) / per_s if per_s else math.inf
 
     @property
     def bound_s(self) -> float:
         """The longest predicted wait that is accepted now; 0: any wait."""
-        burst_s = BURST_FACTOR * self.wait_s_max
-        return burst_s if self._standing_s < burst_s else self.wait_s_max
+        return BURST_FACTOR * self.wait_s_max if self._is_burst else self.wait_s_max
 
     def _check(self, tenant: str) -> None:
         if not self.wait_s_max or (wait_s := self.wait_s(tenant)) <= self.bound_s:
             return
+        if self._is_burst and self._waiting.total() < BURST_PER_WORKER * max(1, self._num_workers()):
+            return
         self.num_refused += 1
         told = f"{wait_s:.0f} s" if wait_s < 3600 else "longer than anybody waits"
-        raise Overloaded(
+        refusal = Overloaded(
             f"the first token would take {told}, more than {self.bound_s:g} s",
             retry_after_s=min(max(1.0, wait_s - self.bound_s), 60.0),
         )
+        refusal.hold_s = self._hold_s(tenant)
+        raise refusal
+
+    def _hold_s(self, tenant: str) -> float:
+        """For how long to hold back the answer to a refused request."""
+        now = self._seen_s
+        if len(self._refused_s) > len(self._waiting):
+            self._refused_s = {name: at_s for name, at_s in self._refused_s.items() if at_s > now}
+        # A second's refusals may be answered at once after a pause.
+        at_s = max(self._refused_s.get(tenant, 0.0), now - 1.0) + 1 / REFUSALS_PER_S
+        self._refused_s[tenant] = min(at_s, now + _HELD_S_MAX)
+        return max(0.0, self._refused_s[tenant] - now)
+
+    @property
+    def _per_s(self) -> float:
+        """First tokens per second of a queue, as far as known. Before anything was served, it is a guess with which a
+        burst may be as long as BURST_PER_WORKER per worker.
+        """
+        guess_s = _EXPECTED_FACTOR * (self.wait_s_max or 1.0) / (BURST_PER_WORKER * max(1, self._num_workers()))
+        fewer_per_s = (self._in_any.num_served + 1) / (self._in_any.seconds + guess_s)
+        queue, expected_s = self._in_queue, self._expected_s
+        return (queue.num_served + expected_s * _EXPECTED_FACTOR * fewer_per_s) / (queue.seconds + expected_s)
+
+    @property
+    def _expected_s(self) -> float:
+        """The weight of the expected rate, next to the seconds in which a queue was measured."""
+        return _EXPECTED_S * max(0.0, 1 - self._in_queue.seconds / _MEASURED_S)
 
     @property
     def _has_queue(self) -> bool:
-        return self.num_waiting >= FREE_PER_WORKER * max(1, self._num_workers())
+        return self._waiting.total() >= BUSY_PER_WORKER * max(1, self._num_workers())
+
+    @property
+    def _is_burst(self) -> bool:
+        return self._standing_s < BURST_FACTOR * self.wait_s_max
 
     def _pass(self) -> None:
         """Take the time that has passed into account. Call this before any change."""
         now = self._clock()
-        passed_s = now - self._seen_s
-        change_s = passed_s if self._has_queue else -passed_s
+        passed_s, self._seen_s = now - self._seen_s, now
+        has_queue = self._has_queue
+        if self._waiting:
+            self._in_any.pass_time(passed_s, _ANY_MEMORY_S)
+        before = self._in_queue.num_served
+        if has_queue:
+            self._in_queue.pass_time(passed_s, _QUEUE_MEMORY_S)
+        else:
+            self._in_queue.forget(passed_s)
+        if self._served:
+            self._fade_served(self._in_queue.num_served / before if before else 0.0)
+        # A queue that is kept at the longest wait is longer than half of it.
+        is_standing = has_queue and self._waiting.total() > self.wait_s_max / 2 * self._per_s
+        change_s = passed_s if is_standing else -passed_s
         # Bounded, because otherwise a burst would be refused for as long as the last overload had lasted.
         self._standing_s = min(max(0.0, self._standing_s + change_s), 2 * BURST_FACTOR * self.wait_s_max)
-        if self._has_queue:
-            faded = math.exp(-passed_s / _MEMORY_S)
-            self._queued_s = faded * self._queued_s + _MEMORY_S * (1 - faded)
-            self._num_served *= faded
-        self._seen_s = now
+
+    def _fade_served(self, factor: float) -> None:
+        if factor < 1.0:
+            # A tenant with less than this no longer matters, and tenants' names come from callers.
+            self._served = {name: num * factor for name, num in self._served.items() if num * factor > 0.1}
 
     def _leave(self, tenant: str, *, is_served: bool) -> None:
         self._pass()
-        self._num_served += is_served and self._has_queue
+        self._in_any.num_served += is_served
+        if is_served and self._has_queue:
+            self._in_queue.num_served += 1
+            self._served[tenant] = self._served.get(tenant, 0.0) + 1
         self._waiting[tenant] -= 1
         if not self._waiting[tenant]:
             del self._waiting[tenant]
@@ -138,15 +233,34 @@ class _Place:
     def __init__(self, shedding: LoadShedding, tenant: str) -> None:
         self._shedding: LoadShedding | None = shedding
         self._tenant = tenant
+        self._is_long = False
+
+    def note_own_work(self, seconds: float) -> None:
+        shedding = self._shedding
+        if shedding is None or self._is_long or seconds <= _LONG_PART * shedding.wait_s_max:
+            return
+        self._is_long = True
+        shedding._leave(self._tenant, is_served=False)
+        shedding._num_long += 1
 
     def leave(self, *, is_served: bool = False) -> None:
         shedding, self._shedding = self._shedding, None
-        if shedding is not None:
+        if shedding is None:
+            return
+        if self._is_long:
+            shedding._num_long -= 1
+        else:
             shedding._leave(self._tenant, is_served=is_served)
 
 
 # The place of the request that the present task works for.
 _place: ContextVar[_Place | None] = ContextVar("antefix_waiting_place", default=None)
+
+
+def note_own_work(seconds: float) -> None:
+    """The present task's request has this much work of its own before its first token, which is no wait."""
+    if (place := _place.get()) is not None:
+        place.note_own_work(seconds)
 
 
 async def until_served(outputs: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

@@ -24,6 +24,7 @@ from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
 from antefix_router.hedging import HedgeBudget
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
+from antefix_router.load_shedding import note_own_work
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
@@ -100,6 +101,7 @@ class Prefilling:
             stored = await self._look_up(prompt, request.request_id, ask=patience is not None)
             num_stored = stored.num_blocks
             work = prompt.work(num_stored, located=stored.located)
+            note_own_work((work.num_tokens - (work.stored_tokens or 0)) / self._calls.tokens_per_s())
             # 2. If few tokens are uncached, the decode worker computes them and needs no handoff. It then keeps no
             # breakpoints and serves one output only.
             if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+import time
 
 import pytest
 
@@ -84,6 +85,25 @@ async def test_a_refused_request_keeps_its_connection_and_nothing_of_it_is_read(
         assert (await client.ask())[0] == 200
         assert (door.num_parsed, door.num_admitted) == (1, 1)
         client.close()
+
+
+async def test_a_refusal_of_a_client_that_asks_again_at_once_is_held_back(monkeypatch):
+    front = make_front(Script(), ledger=None)
+    asked = []
+
+    def check(tenant):
+        asked.append(time.monotonic())
+        refusal = Overloaded("the first token would take 3 s, more than 2 s", retry_after_s=1.4)
+        refusal.hold_s = 0.25 * (len(asked) > 1)
+        raise refusal
+
+    monkeypatch.setattr(front.shedding, "_check", check)
+    async with serving(front) as url:
+        client = await Client.of(url)
+        for _ in range(3):
+            assert (await client.ask())[0] == 429
+        client.close()
+    assert asked[2] - asked[1] >= 0.25
 
 
 async def test_the_work_of_a_refusal_is_bounded(monkeypatch):

@@ -16,6 +16,7 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.secret import Keyring
 from antefix_router import inflight
+from antefix_router.load_shedding import LoadShedding
 from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
@@ -99,6 +100,21 @@ async def settled():
 def assert_idle(prefilling, workers):
     assert len(prefilling._in_flight) == 0
     assert all((w.num_requests, w.num_tokens, len(w.backlog)) == (0, 0, 0) for w in workers.workers)
+
+
+async def test_what_a_prompt_takes_a_worker_is_no_wait_of_the_next_one():
+    prefilling, workers, (client,), _ = build()
+    workers.workers[0].backlog.tokens_per_s = 100.0
+    shedding = LoadShedding(2.0, lambda: 1)
+    tasks = []
+    for number, length in enumerate((400, 80)):
+        with shedding.waiting("t"):
+            tasks.append(start(prefilling, f"r{number}", np.arange(length, dtype=np.uint32) + 10_000 * number))
+            await settled()
+            # 4 s and 0.8 s of work: the first prompt is passed by short ones.
+            assert (shedding.num_waiting, shedding.wait_s("t"), shedding._waiting["t"]) == (1, 0.0, number)
+    client.gate.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_twins_are_computed_once():

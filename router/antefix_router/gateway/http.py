@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from antefix.errors import Overloaded
 from antefix_router.gateway.http_errors import Provider, error_body, error_response
 
 log = logging.getLogger("antefix.gateway")
@@ -106,6 +107,8 @@ class Endpoint:
         except ClientDisconnect:
             log.info("a client left before its whole request had arrived")
         except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
+            if isinstance(err, Overloaded) and err.hold_s:
+                await asyncio.sleep(err.hold_s)
             await error_response(err, self._provider)(scope, receive, send)
 
     async def _send_whole(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
