@@ -8,9 +8,12 @@ share of all first tokens per second, measured while requests queue, or what it 
 
 Until a queue has been measured, its rate is expected to be somewhat more than what was seen with fewer requests, so
 that a sudden overload is not let in whole. A tenant with no waiting request is never refused here. No request is
-refused while few wait. A request that has much work of its own does not count as waiting: workers let short requests
-pass it, and its own limit is --ttft-s-max. A refusal costs almost nothing. A request that is accepted and then
-abandoned by an impatient client costs as much as an answer.
+refused before as many wait as the workers run at once, so a few dozen clients that each wait for their answer are no
+overload. From then on fewer may wait, until the queue has been short for some seconds.
+
+A request that has much work of its own does not count as waiting: workers let short requests pass it, and its own limit
+is --ttft-s-max. A refusal costs almost nothing. A request that is accepted and then abandoned by an impatient client
+costs as much as an answer.
 
 A short burst is not an overload: a queue that is new may have twice the wait of a queue that lasts.
 """
@@ -33,8 +36,11 @@ T = TypeVar("T")
 # While this many requests wait per worker, the worker always has work, so the rate of first tokens is the most that it
 # can give. Fewer are never refused.
 BUSY_PER_WORKER: Final = 16
-# Fewer than this many waiting requests per worker are never refused in a burst.
-BURST_PER_WORKER: Final = 32
+# A worker runs this many requests at once. Until more wait, none is refused.
+FREE_PER_WORKER: Final = 32
+# A queue that is kept at BUSY_PER_WORKER or at the longest wait is longer than these parts of them.
+_STANDING_PER_WORKER: Final = 12
+_STANDING_PART: Final = 0.5
 # In multiples of the longest wait: the wait accepted in a burst, and how long a queue may last and still count as a
 # burst. After an overload it takes as long until a new queue counts as a burst.
 BURST_FACTOR: Final = 2
@@ -103,6 +109,8 @@ class LoadShedding:
         self._seen_s = clock()
         # How long there has been a queue, minus later time without one.
         self._standing_s = 0.0
+        # Whether more than FREE_PER_WORKER have waited in this queue.
+        self._is_overloaded = False
         # For each tenant, the time at which its next refusal may be answered.
         self._refused_s: dict[str, float] = {}
 
@@ -142,12 +150,14 @@ class LoadShedding:
     @property
     def bound_s(self) -> float:
         """The longest predicted wait that is accepted now; 0: any wait."""
-        return BURST_FACTOR * self.wait_s_max if self._is_burst else self.wait_s_max
+        burst_s = BURST_FACTOR * self.wait_s_max
+        return burst_s if self._standing_s < burst_s else self.wait_s_max
 
     def _check(self, tenant: str) -> None:
         if not self.wait_s_max or (wait_s := self.wait_s(tenant)) <= self.bound_s:
             return
-        if self._is_burst and self._waiting.total() < BURST_PER_WORKER * max(1, self._num_workers()):
+        self._is_overloaded = self._is_overloaded or self._waits(FREE_PER_WORKER)
+        if not self._is_overloaded:
             return
         self.num_refused += 1
         told = f"{wait_s:.0f} s" if wait_s < 3600 else "longer than anybody waits"
@@ -171,9 +181,9 @@ class LoadShedding:
     @property
     def _per_s(self) -> float:
         """First tokens per second of a queue, as far as known. Before anything was served, it is a guess with which a
-        burst may be as long as BURST_PER_WORKER per worker.
+        burst may be as long as FREE_PER_WORKER per worker.
         """
-        guess_s = _EXPECTED_FACTOR * (self.wait_s_max or 1.0) / (BURST_PER_WORKER * max(1, self._num_workers()))
+        guess_s = _EXPECTED_FACTOR * (self.wait_s_max or 1.0) / (FREE_PER_WORKER * max(1, self._num_workers()))
         fewer_per_s = (self._in_any.num_served + 1) / (self._in_any.seconds + guess_s)
         queue, expected_s = self._in_queue, self._expected_s
         return (queue.num_served + expected_s * _EXPECTED_FACTOR * fewer_per_s) / (queue.seconds + expected_s)
@@ -185,11 +195,10 @@ class LoadShedding:
 
     @property
     def _has_queue(self) -> bool:
-        return self._waiting.total() >= BUSY_PER_WORKER * max(1, self._num_workers())
+        return self._waits(BUSY_PER_WORKER)
 
-    @property
-    def _is_burst(self) -> bool:
-        return self._standing_s < BURST_FACTOR * self.wait_s_max
+    def _waits(self, num_per_worker: int) -> bool:
+        return self._waiting.total() >= num_per_worker * max(1, self._num_workers())
 
     def _pass(self) -> None:
         """Take the time that has passed into account. Call this before any change."""
@@ -205,11 +214,12 @@ class LoadShedding:
             self._in_queue.forget(passed_s)
         if self._served:
             self._fade_served(self._in_queue.num_served / before if before else 0.0)
-        # A queue that is kept at the longest wait is longer than half of it.
-        is_standing = has_queue and self._waiting.total() > self.wait_s_max / 2 * self._per_s
+        is_long = self._waiting.total() > _STANDING_PART * self.wait_s_max * self._per_s
+        is_standing = is_long and self._waits(_STANDING_PER_WORKER)
         change_s = passed_s if is_standing else -passed_s
         # Bounded, because otherwise a burst would be refused for as long as the last overload had lasted.
         self._standing_s = min(max(0.0, self._standing_s + change_s), 2 * BURST_FACTOR * self.wait_s_max)
+        self._is_overloaded = self._is_overloaded and self._standing_s > 0.0
 
     def _fade_served(self, factor: float) -> None:
         if factor < 1.0:

@@ -12,8 +12,8 @@ import pytest
 from antefix.errors import Overloaded
 from antefix_router.load_shedding import (
     BURST_FACTOR,
-    BURST_PER_WORKER,
     BUSY_PER_WORKER,
+    FREE_PER_WORKER,
     REFUSALS_PER_S,
     LoadShedding,
     _place,
@@ -95,7 +95,7 @@ def test_overload_costs_no_goodput_and_is_over_ten_seconds_after_its_end(factor,
     if is_known:
         start_s = 10 + played.at_rate(factor * per_s, 20, start_s)
     end_s = played.at_rate(0.6 * per_s, 20, start_s)
-    over_s = played.at_rate(factor * 0.6 * per_s, 20, end_s)
+    over_s = played.at_rate(factor * 0.6 * per_s, 40, end_s)
     played.at_rate(0.6 * per_s, 20, over_s)
     waits, after = played.waits_s(end_s, over_s), played.waits_s(over_s + 10, over_s + 20)
     # Nobody waits for long, not even in the first seconds, when no queue has been measured.
@@ -115,6 +115,38 @@ def test_a_rate_that_falls_under_load_makes_nobody_wait_much_longer():
     end_s = played.at_rate(0.5 * PER_S, 30, 100.0)
     over_s = played.at_rate(5 * PER_S, 30, end_s)
     assert max(played.waits_s(end_s + 10, over_s)) <= max(1.1 * WAIT_S_MAX, BUSY_PER_WORKER / (PER_S / 4)) + 0.4
+
+
+def test_as_many_clients_as_workers_run_requests_are_never_refused_however_slow_the_workers_are(crowd):
+    """Each client sends its next request when the last one is answered."""
+    clock = Clock()
+    shedding = LoadShedding(2.0, lambda: 1, clock=clock)
+    for _ in range(200):
+        with contextlib.ExitStack() as stack:
+            for _ in range(FREE_PER_WORKER):
+                stack.enter_context(shedding.waiting("a"))
+            clock.now_s += 10.0
+    assert shedding.num_refused == 0
+
+
+def test_after_an_overload_of_slow_workers_as_many_may_wait_again():
+    clock = Clock()
+    shedding = LoadShedding(2.0, lambda: 1, clock=clock)
+    with contextlib.ExitStack() as stack:
+        for _ in range(FREE_PER_WORKER):
+            stack.enter_context(shedding.waiting("a"))
+        clock.now_s += 60.0
+        with pytest.raises(Overloaded):
+            stack.enter_context(shedding.waiting("a"))
+    with contextlib.ExitStack() as stack:
+        for _ in range(BUSY_PER_WORKER):
+            stack.enter_context(shedding.waiting("a"))
+        with pytest.raises(Overloaded):
+            stack.enter_context(shedding.waiting("a"))
+    clock.now_s += 2 * BURST_FACTOR * 2.0
+    with contextlib.ExitStack() as stack:
+        for _ in range(FREE_PER_WORKER):
+            stack.enter_context(shedding.waiting("a"))
 
 
 def test_a_load_that_workers_can_serve_is_never_refused():
@@ -171,9 +203,9 @@ def test_a_burst_that_is_gone_in_time_is_answered_whole_and_again_after_a_pause(
     for _ in range(3):
         # Of the first burst, no rate is known yet.
         size = (
-            BURST_PER_WORKER
+            FREE_PER_WORKER
             if start_s == 100.0
-            else max(BURST_PER_WORKER, round(0.9 * per_s * BURST_FACTOR * WAIT_S_MAX))
+            else max(FREE_PER_WORKER, round(0.9 * per_s * BURST_FACTOR * WAIT_S_MAX))
         )
         answers = [played.ask(start_s + number / 1000) for number in range(size)]
         assert all(answers) and max(played.waits_s(start_s, start_s + 1)) <= size / per_s + 0.1
@@ -215,7 +247,7 @@ def test_a_modest_tenants_requests_are_not_refused_for_a_greedy_ones_queue(crowd
 def test_prompts_with_much_work_of_their_own_keep_nobody_out_and_are_counted(crowd):
     clock = Clock()
     shedding = LoadShedding(2.0, lambda: 1, clock=clock)
-    for _ in range(2 * BURST_PER_WORKER):
+    for _ in range(2 * FREE_PER_WORKER):
         crowd(shedding, "a")
         note_own_work(60.0)
         clock.now_s += 1
@@ -223,13 +255,13 @@ def test_prompts_with_much_work_of_their_own_keep_nobody_out_and_are_counted(cro
         crowd(shedding, "a")
         note_own_work(0.01)
         clock.now_s += 1
-    assert (shedding.num_refused, shedding.num_waiting) == (0, 2 * BURST_PER_WORKER + BUSY_PER_WORKER)
+    assert (shedding.num_refused, shedding.num_waiting) == (0, 2 * FREE_PER_WORKER + BUSY_PER_WORKER)
 
 
 def test_clients_that_ask_again_at_once_get_their_refusals_later(crowd):
     clock = Clock()
     shedding = LoadShedding(2.0, lambda: 1, clock=clock)
-    for _ in range(BURST_PER_WORKER):
+    for _ in range(FREE_PER_WORKER):
         crowd(shedding, "greedy")
     clock.now_s += 30
 
@@ -283,8 +315,8 @@ async def test_the_door_refuses_before_it_reads_a_body_and_says_when_to_come_aga
     front.shedding = LoadShedding(8.0, lambda: 1, clock=clock)
     body = {"model": "antefix-tiny", "prompt": "hello", "max_tokens": 2}
     async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
-        asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(BURST_PER_WORKER)]
-        await until(lambda: front.shedding.num_waiting >= BURST_PER_WORKER)
+        asking = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(FREE_PER_WORKER)]
+        await until(lambda: front.shedding.num_waiting >= FREE_PER_WORKER)
         clock.now_s += 5
         refused = await client.post("/v1/completions", content=b"not even JSON")
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
