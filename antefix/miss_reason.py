@@ -25,6 +25,8 @@ class MissReason(StrEnum):
     ARITHMETIC_DIFFERS = "arithmetic_differs"
     CORRUPT = "corrupt"
     STORE_UNAVAILABLE = "store_unavailable"
+    # The store did not answer in the usual time, and computing the prompt was faster than its late answer.
+    STORE_LATE = "store_late"
     # The block is stored, but a block before it is not. Never the reason of a prompt's first miss.
     UNREACHABLE = "unreachable"
     # For engines' workers: by its events, the worker that answered had the block, but it reported no hit.

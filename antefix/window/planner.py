@@ -217,7 +217,7 @@ class RestorePlanner:
         tokens = stored.num_tokens - context
         block_bytes = self._block_bytes(stored, block)
         window_bytes = 0 if block in stored.resident_checkpoints else self.sizes.checkpoint_bytes
-        seconds = self._load_s(stored, block) + self.rates.load_s(tier, window_bytes)
+        seconds = self.load_s(stored, block) + self.rates.load_s(tier, window_bytes)
         seconds += self.rates.prefill_s(tokens, context=context)
         return self._stated(PlanKind.CHECKPOINT, block, block, tier, block_bytes + window_bytes, 0, 0, tokens, seconds)
 
@@ -228,13 +228,15 @@ class RestorePlanner:
         work = replayed if self._is_whole else self.sizes.replay_work_tokens(replayed)
         tokens = stored.num_tokens - context
         block_bytes = self._block_bytes(stored, block)
-        seconds = self._load_s(stored, block)
+        seconds = self.load_s(stored, block)
         seconds += self.rates.replay_s(work, context=start * self.sizes.block_size)
         seconds += self.rates.prefill_s(tokens, context=context)
         return self._stated(kind, block, start, "", block_bytes, replayed, work, tokens, seconds)
 
-    def _load_s(self, stored: StoredPrefix, num_blocks: int) -> float:
-        """Predicted seconds to load the stored blocks. Tiers are read in parallel, so the slowest one decides."""
+    def load_s(self, stored: StoredPrefix, num_blocks: int) -> float:
+        """Predicted seconds to load the stored blocks before `num_blocks`. Tiers are read in parallel, so the slowest
+        one decides.
+        """
         nbytes: dict[str, int] = {}
         start = stored.num_resident_blocks
         for end, tier in (*stored.block_tiers, (num_blocks, stored.blocks_tier)):

@@ -14,7 +14,9 @@ from antefix.model.finite import are_numbers
 from antefix.record import RecordKind
 from antefix.restore_report import RestoreReport
 from antefix_prefill.handoff import Handoff
-from antefix_prefill.restore import Prompt, load_blocks
+from antefix_prefill.late_store import load_in_time
+from antefix_prefill.load_blocks import DISK_TIER
+from antefix_prefill.restore import Prompt
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.engine import Engine
 
@@ -35,7 +37,12 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
     try:
         # The handoff's tenant is known by a digest, made with the tenant's key. While secrets rotate, a prefill worker
         # may have sealed it under another secret than this worker's newest one.
-        data = await engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint)
+        predicted_s = engine.rates.load_s(DISK_TIER, engine.sizes.checkpoint_bytes)
+        data = await engine.patience.within(
+            engine.patience.handoffs,
+            predicted_s,
+            engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint),
+        )
         handoff = Handoff.from_bytes(data) if data is not None else None
     except AntefixError as err:
         engine.counters.note(err)
@@ -61,7 +68,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
     started = time.perf_counter()
     report = RestoreReport(plan="handoff")
     num_blocks = prompt.num_tokens // engine.block_size
-    table = await load_blocks(engine, prompt, num_blocks, report)
+    table = await load_in_time(engine, prompt, num_blocks, report)
     try:
         if len(table) < num_blocks:
             engine.blocks.release(table)

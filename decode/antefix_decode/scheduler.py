@@ -166,11 +166,15 @@ class Scheduler:
         async with self._step_lock:
             if running in self._running:
                 self._running.remove(running)
+        table, running.sequence.block_table = running.sequence.block_table, []
+        is_written = True
         try:
-            await running.writer.flush()
+            is_written = await running.writer.flush_in_time()
         finally:
-            self._engine.blocks.release(running.sequence.block_table)
-            running.sequence.block_table = []
+            if is_written:
+                self._engine.blocks.release(table)
+        if not is_written:
+            running.writer.when_over(lambda: self._engine.blocks.release(table))
 
     async def close(self) -> None:
         if self._task is not None:

@@ -147,6 +147,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 self._engine.counters,
                 self._engine.window_pool,
                 writes=not self._engine.borrows,
+                patience=self._engine.patience,
             ),
             next_token=first,
             prompt_tokens=prompt.num_tokens,

@@ -61,11 +61,11 @@ def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
 
 async def store_end(engine: Engine, output: StorableOutput) -> None:
     """Store the checkpoint at the output's last boundary, from which the next turn continues. Returns when all is
-    durable.
+    durable, or the store is late.
     """
     window = output.boundary_window
     position = output.sequence.position
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
         if window is not None and window.position == mark.block * engine.block_size:
             await leave_checkpoint(engine, output.prompt, window, mark, output.writer)
-    await output.writer.flush()
+    await output.writer.flush_in_time()

@@ -27,4 +27,5 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
         position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
     )
     record = handoff_record(engine, computed.prompt, handoff.to_bytes())
-    return record.hash if await put_quietly(engine.store, record, engine.counters) else b""
+    is_left = await put_quietly(engine.store, record, engine.counters, engine.patience)
+    return record.hash if is_left else b""

@@ -17,9 +17,11 @@ from typing import Final
 
 from antefix.errors import AntefixError
 from antefix.restore_report import RestoreReport
+from antefix.store.patience import Watch
 from antefix.window import Plan, PlanKind
+from antefix_prefill.load_blocks import load_blocks
 from antefix_prefill.older_names import OlderNames
-from antefix_prefill.restore import Prefetched, Prompt, load_blocks, read_checkpoint, weigh
+from antefix_prefill.restore import Prefetched, Prompt, read_checkpoint, weigh
 from antefix_prefill.worker.engine import Engine
 
 # Prompts that wait less than this are not loaded for: their wait is over before anything could be loaded.
@@ -66,9 +68,10 @@ class Prefetcher:
     @contextlib.asynccontextmanager
     async def while_waiting(self, prompt: Prompt) -> AsyncIterator[None]:
         """A context around a prompt's wait for its turn. At the end of the wait, a running load is waited for, because
-        its result is needed at once.
+        its result is needed at once, unless the store is late.
         """
-        task, started = asyncio.create_task(self._prefetch(prompt)), time.monotonic()
+        watch, started = Watch(self._engine.patience), time.monotonic()
+        task = asyncio.create_task(self._prefetch(prompt, watch))
         try:
             yield
         except BaseException:
@@ -79,7 +82,8 @@ class Prefetcher:
                 task.cancel()
             waited_s = time.monotonic() - started
             with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
+                if not await watch.ended_in_time(task):
+                    self._engine.patience.leave(task)
             self._end(prompt, waited_s)
 
     def _end(self, prompt: Prompt, waited_s: float) -> None:
@@ -90,7 +94,7 @@ class Prefetcher:
             self.counters.num_blocks_wanted += num_wanted
             self.counters.num_blocks_found += min(num_wanted, self._engine.blocks.num_leading(prompt.chain.hashes))
 
-    async def _prefetch(self, prompt: Prompt) -> None:
+    async def _prefetch(self, prompt: Prompt, watch: Watch) -> None:
         await asyncio.sleep(self._after_s)
         task = asyncio.current_task()
         assert task is not None
@@ -98,20 +102,26 @@ class Prefetcher:
             # 1. What the planner would read now. It is noted for every prompt at once, so that it counts as wanted even
             #    if nothing is loaded before the prompt's turn.
             report = RestoreReport()
-            plan, older = await weigh(self._engine, prompt, report)
+            plan, older = await weigh(self._engine, prompt, report, watch)
             if plan.kind is PlanKind.COLD:
                 self.counters.num_skipped += 1
                 return
             self._wanted[id(prompt)] = plan.resume_block
             async with self._places:
-                await self._load(prompt, task, plan, older, report)
+                await self._load(prompt, task, plan, older, report, watch)
         except AntefixError as err:
             self._engine.counters.note(err)
         finally:
             self._is_loading.discard(task)
 
     async def _load(
-        self, prompt: Prompt, task: asyncio.Task[None], plan: Plan, older: OlderNames | None, report: RestoreReport
+        self,
+        prompt: Prompt,
+        task: asyncio.Task[None],
+        plan: Plan,
+        older: OlderNames | None,
+        report: RestoreReport,
+        watch: Watch,
     ) -> None:
         engine = self._engine
         first = engine.blocks.num_leading(prompt.chain.hashes)
@@ -123,18 +133,21 @@ class Prefetcher:
         self._is_loading.add(task)
         prefetched = Prefetched(first=first, stop=first, report=report)
         if num_loaded > 0:
-            table = await load_blocks(engine, prompt, first + num_loaded, report, older)
+            rest_s = engine.rates.prefill_s(plan.prefill_tokens, context=prompt.num_tokens - plan.prefill_tokens)
+            table = await load_blocks(
+                engine, prompt, first + num_loaded, report, older, watch=watch, predicted_s=plan.predicted_s - rest_s
+            )
             engine.blocks.release(table)
             prefetched = replace(prefetched, stop=len(table))
             self.counters.num_blocks_prefetched += len(table) - first
         # 3. Load its checkpoint, which is kept with the prompt.
         if plan.kind is PlanKind.CHECKPOINT and older is None and self._has_room():
-            await self._load_checkpoint(prompt, plan.resume_block, prefetched)
+            await self._load_checkpoint(prompt, plan.resume_block, prefetched, watch)
         prompt.prefetched = prefetched
         self.counters.num_prefetched += 1
 
-    async def _load_checkpoint(self, prompt: Prompt, block: int, prefetched: Prefetched) -> None:
-        data = await read_checkpoint(self._engine, prompt, block, prefetched.report)
+    async def _load_checkpoint(self, prompt: Prompt, block: int, prefetched: Prefetched, watch: Watch) -> None:
+        data = await read_checkpoint(self._engine, prompt, block, prefetched.report, watch)
         if data is not None:
             prefetched.checkpoints[block] = data
             self._checkpoint_bytes += len(data)

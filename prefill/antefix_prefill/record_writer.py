@@ -1,7 +1,8 @@
 """Writes a request's records to the store and the window pool while the request continues to compute.
 
 The cache may cost speed, but never an answer: a failed write is counted and not raised. A failed write ends this
-request's writing to the store, because the following records would lack their parent.
+request's writing to the store, because the following records would lack their parent. An answer does not wait for a
+store that is late (`antefix.store.patience`): the rest of its records is written after it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.record import Record, RecordKind, Refusal, RefusalReason
 from antefix.security.grants import held, hold
 from antefix.store.api import Store
+from antefix.store.patience import WRITE_BYTES_PER_S, Patience, Watch
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
 from antefix_prefill.worker.compute_thread import uninterrupted
@@ -25,18 +28,30 @@ log = logging.getLogger("antefix.writer")
 BATCH_BYTES_MAX = 16 << 20
 # The computation waits when this many bytes are not yet written; their rows stay in the pool until they are.
 PENDING_BYTES_MAX = 128 << 20
+# How a late write is counted.
+WRITTEN_LATER = "written_later"
 
 
 class RecordWriter:
     """Writes the records of one request. Payloads must stay unchanged until `flush` returns.
 
-    writes: False for a worker that must not store KV under the names that it uses: all records are then dropped.
+    patience: for how long an answer waits for writes.  writes: False for a worker that must not store KV under the
+    names that it uses: all records are then dropped.
     """
 
     def __init__(
-        self, store: Store, counters: StoreCounters, pool: WindowPool | None = None, *, writes: bool = True
+        self,
+        store: Store,
+        counters: StoreCounters,
+        pool: WindowPool | None = None,
+        *,
+        writes: bool = True,
+        patience: Patience | None = None,
     ) -> None:
         self._writes = writes
+        self._patience = patience or Patience()
+        self._watch = Watch(self._patience)
+        self._is_held = False
         self._store = store
         self._counters = counters
         self._pool = pool
@@ -57,19 +72,62 @@ class RecordWriter:
         self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
-        """Queue one record. The call waits only if too many records are pending. If the window pool refuses the
-        checkpoint, it goes to disk.
+        """Queue one record. The call waits only if too many records are pending, and the store is not late. If the
+        window pool refuses the checkpoint, it goes to disk.
         """
         if not self._writes or (self._broken and tier is Tier.DISK):
             return
-        await self._room.wait()
+        if not await self._has_room():
+            self._broken = True
+            self.error = self.error or "the store is late, and too many records wait for it"
+            return
         self._queue.append((record, tier if self._pool is not None else Tier.DISK))
         self._pending_bytes += len(record.payload)
+        if self._is_held:
+            return
         if self._pending_bytes >= PENDING_BYTES_MAX:
             self._room.clear()
+        self._begin()
+
+    def _begin(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._write_all())
         self._wake.set()
+
+    async def _has_room(self) -> bool:
+        """Wait for room. False: the store is late, so there may be none for long."""
+        if self._room.is_set():
+            return True
+        room = asyncio.ensure_future(self._room.wait())
+        try:
+            return await self._watch.ended_in_time(room)
+        finally:
+            room.cancel()
+
+    def hold(self) -> None:
+        """Keep records in the queue until `let_go` or `drop`. No other record may have been put before."""
+        self._is_held = True
+
+    def let_go(self, num_stored_tokens: int) -> None:
+        """Write the records that were held, except blocks of the first `num_stored_tokens` tokens, which are stored."""
+        self._is_held = False
+        kept = [
+            (record, tier)
+            for record, tier in self._queue
+            if record.kind is not RecordKind.BLOCK or record.position > num_stored_tokens
+        ]
+        self._queue = deque(kept)
+        self._pending_bytes = sum(len(record.payload) for record, _ in kept)
+        if self._pending_bytes >= PENDING_BYTES_MAX:
+            self._room.clear()
+        if kept:
+            self._begin()
+
+    def drop(self) -> None:
+        """Forget the records that were held."""
+        self._is_held = False
+        self._queue.clear()
+        self._pending_bytes = 0
 
     async def flush(self) -> None:
         """Wait until every queued record is durable or has failed. Ends the writer of records; the ending completes
@@ -79,6 +137,27 @@ class RecordWriter:
         self._wake.set()
         if self._task is not None:
             await uninterrupted(self._task)
+
+    async def flush_in_time(self) -> bool:
+        """As `flush`, but if the store is late, the rest is written later. Returns whether all was written; if not,
+        payloads must stay unchanged until `when_over` calls back.
+        """
+        self._closing = True
+        self._wake.set()
+        if self._task is None:
+            return True
+        if await self._watch.ended_in_time(self._task):
+            self._task.result()
+            return True
+        self.error = self.error or "the store was late; records were written after the answer, if it took them"
+        self._counters.note_late(WRITTEN_LATER)
+        self._patience.keep(self._task)
+        return False
+
+    def when_over(self, do: Callable[[], object]) -> None:
+        """Call `do` when no payload is read any more."""
+        assert self._task is not None
+        self._task.add_done_callback(lambda _: do())
 
     async def _write_all(self) -> None:
         hold(self._grant)
@@ -130,8 +209,10 @@ class RecordWriter:
     async def _write(self, batch: list[Record]) -> None:
         if self._broken:
             return
+        predicted_s = sum(len(record.payload) for record in batch) / WRITE_BYTES_PER_S
         try:
-            result = await self._store.put(batch)
+            with self._watch.waiting(self._patience.writes, predicted_s):
+                result = await self._store.put(batch)
         except AntefixError as err:
             self._broken = True
             _note_failure(self._counters, err, len(batch))
@@ -150,10 +231,13 @@ class RecordWriter:
         self.num_checkpoints_written += len(taken) - num_blocks
 
 
-async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:
-    """Put one record now. If the store could not take the record, this is counted and the result is False."""
+async def put_quietly(store: Store, record: Record, counters: StoreCounters, patience: Patience) -> bool:
+    """Put one record now. If the store could not take the record, or is late, this is counted and the result is
+    False.
+    """
+    predicted_s = len(record.payload) / WRITE_BYTES_PER_S
     try:
-        result = await store.put([record])
+        result = await patience.within(patience.writes, predicted_s, store.put([record]))
     except AntefixError as err:
         _note_failure(counters, err, 1)
         return False

@@ -2,39 +2,36 @@
 
 If a record turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
 prefix becomes shorter and a new plan is made. So in the worst case the prompt is computed cold. A restore never raises
-an error of the store.
+an error of the store. While a restore waits for a late store, `late_store` computes the prompt next to it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
-from antefix.errors import AntefixError, BlockCorrupt, BlockUnusable
+from antefix.errors import AntefixError, BlockCorrupt
 from antefix.generation_request import Breakpoint
 from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
-from antefix.store.file_reads import ReadHangs
-from antefix.store.many_stores import ManyStores
+from antefix.store.patience import BASE_S, Patience, StoreLate, Watch
 from antefix.telemetry import span
-from antefix.window import Plan, PlanKind, StoredPrefix, Tier
+from antefix.window import Plan, PlanKind, StoredPrefix
 from antefix.window_pool import POOL_TIER
+from antefix_prefill.load_blocks import DISK_TIER, load_blocks
 from antefix_prefill.model_step import model_step
 from antefix_prefill.older_names import OlderNames, find_older
-from antefix_prefill.publish_block import publish_blocks
 from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
-
-DISK_TIER = Tier.DISK.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +83,8 @@ class _Known:
 
     checkpoints: the tier of each, by boundary. pooled: window state that the pool has given already, by boundary.
     block_tiers: for several stores, as `LookupResult.tiers`. store_failed: whether the store did not answer.
-    came_short: whether the store promised blocks and did not deliver them. older: the blocks that are stored only under
+    store_late: whether the prompt continues without the store's answer. came_short: whether the store promised blocks and
+    did not deliver them. older: the blocks that are stored only under
     the names of an older secret. loaded: blocks that an earlier plan of this restore read; they are in memory since.
     """
 
@@ -96,6 +94,7 @@ class _Known:
     pooled: dict[int, bytes]
     block_tiers: tuple[tuple[int, str], ...] = ()
     store_failed: bool = False
+    store_late: bool = False
     came_short: bool = False
     older: OlderNames | None = None
     loaded: Prefetched | None = None
@@ -105,6 +104,33 @@ class _Known:
         """Checkpoints under the present names. All other checkpoints have to be written again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
+
+
+class Rival:
+    """What may run next to a restore whose store is late: the computation of the same prompt.
+
+    watch: says when the store is late.  left_s: returns the predicted time that the computation has left; None: there
+    is none yet.  waits: the restore computes now, so the computation waits for its end.  loaded: blocks that the
+    restore has read, while it still waits for a checkpoint.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self.watch = Watch(patience)
+        self.left_s: Callable[[], float] | None = None
+        self.waits = False
+        self.loaded: Prefetched | None = None
+
+    def check_gain(self, rest_s: float) -> None:
+        """rest_s: the time that the restore and all after it are predicted to take.
+
+        Raises:  _NoGain: the computation next to the restore ends no later.
+        """
+        if self.left_s is not None and rest_s >= self.left_s():
+            raise _NoGain
+
+
+class _NoGain(Exception):
+    """The computation next to the restore is ahead of what the restore could still gain."""
 
 
 async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
@@ -117,30 +143,62 @@ async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
         return False
     num_known = engine.blocks.num_leading(prompt.chain.hashes)
     if prompt.num_tokens - num_known * engine.block_size > engine.prefill_chunk:
-        known = await _look_up(engine, prompt, RestoreReport())
+        looking = _look_up(engine, prompt, RestoreReport(), Watch(engine.patience))
+        try:
+            known = await engine.patience.within(engine.patience.look_ups, BASE_S, looking)
+        except StoreLate:
+            return False
         num_known = known.num_blocks
     return prompt.num_tokens - num_known * engine.block_size <= engine.prefill_chunk
 
 
-async def weigh(engine: Engine, prompt: Prompt, report: RestoreReport) -> tuple[Plan, OlderNames | None]:
+async def weigh(engine: Engine, prompt: Prompt, report: RestoreReport, watch: Watch) -> tuple[Plan, OlderNames | None]:
     """The plan that `restore` would choose now without a window pool, and the older names that it would read."""
-    known = await _look_up(engine, prompt, report)
+    known = await _look_up(engine, prompt, report, watch)
     return engine.planner.weigh(_stored_prefix(engine, prompt, known)).plan, known.older
 
 
-async def restore(engine: Engine, prompt: Prompt) -> Restored:
+async def restore(engine: Engine, prompt: Prompt, rival: Rival | None = None) -> Restored:
     """The prompt's prefix, restored by the cheapest plan that works. The caller owns the returned sequence's blocks."""
     started = time.perf_counter()
     report = RestoreReport()
-    known = await _look_up(engine, prompt, report)
+    rival = rival or Rival(engine.patience)
+    known = await _look_up(engine, prompt, report, rival.watch)
     _take_prefetched(prompt, known)
-    await _ask_pool(engine, prompt, known, report)
+    await _ask_pool(engine, prompt, known, report, rival.watch)
+    return await _restore(engine, prompt, known, report, rival, started)
+
+
+async def restore_from_memory(engine: Engine, prompt: Prompt, rival: Rival) -> Restored:
+    """As `restore`, from this worker's memory alone: for a prompt that does not wait for its store.  rival: of the
+    restore that continues.
+    """
+    started = time.perf_counter()
+    num_blocks = engine.blocks.num_leading(prompt.chain.hashes)
+    # What is in memory is taken to be in the store as well, as it nearly always is.
+    known = _Known(num_blocks=num_blocks, num_in_store=num_blocks, checkpoints={}, pooled={}, store_late=True)
+    known.loaded = rival.loaded
+    if prompt.prefetched is not None:
+        known.pooled.update(prompt.prefetched.checkpoints)
+        known.checkpoints.update(dict.fromkeys(known.pooled, DISK_TIER))
+    return await _restore(engine, prompt, known, RestoreReport(), None, started)
+
+
+async def _restore(
+    engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport, rival: Rival | None, started: float
+) -> Restored:
+    """rival: None: the store is not used."""
     while True:
         with span("plan") as planning:
             decision = engine.planner.plan(_stored_prefix(engine, prompt, known))
             plan = decision.plan
             planning.set(plan=plan.kind.value, predicted_s=plan.predicted_s, num_weighed=len(decision.plans))
-        sequence = await _carry_out(engine, prompt, plan, known, report)
+        try:
+            if rival is not None and plan.kind is not PlanKind.COLD:
+                rival.check_gain(plan.predicted_s)
+            sequence = await _carry_out(engine, prompt, plan, known, report, rival)
+        except _NoGain:
+            known.store_late, plan, sequence = True, decision.cold, _cold(engine)
         if sequence is not None:
             break
     _account(engine, prompt, plan, known, report)
@@ -160,13 +218,14 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
     )
 
 
-async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Known:
+async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport, watch: Watch) -> _Known:
     hashes = prompt.chain.hashes
     try:
         owner = engine.keyring.owner(prompt.tenant)
-        with span("look-up", num_blocks=len(hashes)):
-            found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
-        older = await find_older(engine, prompt.tenant, prompt.tokens, found)
+        with watch.waiting(engine.patience.look_ups, BASE_S * len(engine.keyring.generations)):
+            with span("look-up", num_blocks=len(hashes)):
+                found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
+            older = await find_older(engine, prompt.tenant, prompt.tokens, found)
         failed = False
     except AntefixError as err:
         engine.counters.note(err)
@@ -196,13 +255,15 @@ def _take_prefetched(prompt: Prompt, known: _Known) -> None:
             known.pooled[block] = data
 
 
-async def read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
+async def read_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, report: RestoreReport, watch: Watch
+) -> bytes | None:
     """Window state at a boundary, read as `restore` would read it; None if it is not stored."""
     known = _Known(num_blocks=block, num_in_store=block, checkpoints={}, pooled={})
-    return await _read_checkpoint(engine, prompt, block, known, report)
+    return await _read_checkpoint(engine, prompt, block, known, report, watch)
 
 
-async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
+async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport, watch: Watch) -> None:
     """Ask the window pool for a checkpoint after the disk's last one, if it could be cheaper than a replay at the end
     of the hit.
     """
@@ -217,7 +278,8 @@ async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: Resto
     started = time.perf_counter()
     try:
         owner = engine.keyring.owner(prompt.tenant)
-        with span("read", tier=POOL_TIER, what="checkpoint"):
+        predicted_s = engine.rates.load_s(POOL_TIER, engine.sizes.checkpoint_bytes)
+        with watch.waiting(engine.patience.reads, predicted_s), span("read", tier=POOL_TIER, what="checkpoint"):
             found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
@@ -244,16 +306,23 @@ def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefi
     )
 
 
+def _cold(engine: Engine) -> Sequence:
+    return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
+
+
 async def _carry_out(
-    engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport
+    engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport, rival: Rival | None
 ) -> Sequence | None:
     """The sequence that results from carrying out the plan. Returns None if a record was missing, in which case `known`
     has been corrected.
+
+    Raises:  _NoGain.
     """
     if plan.kind is PlanKind.COLD:
-        return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
+        return _cold(engine)
+    watch = rival.watch if rival is not None else None
     if plan.kind is PlanKind.CHECKPOINT:
-        loading = asyncio.ensure_future(_load_both(engine, prompt, plan.resume_block, known, report))
+        loading = asyncio.ensure_future(_load_both(engine, prompt, plan.resume_block, known, report, rival))
         try:
             return await uninterrupted(loading)
         except asyncio.CancelledError:
@@ -261,28 +330,46 @@ async def _carry_out(
                 engine.blocks.release(loaded.block_table)
             raise
     num_errors = report.store_errors
-    table = await load_blocks(engine, prompt, plan.resume_block, report, known.older)
+    load_s = _load_s(engine, prompt, plan.resume_block, known)
+    table = await load_blocks(engine, prompt, plan.resume_block, report, known.older, watch=watch, predicted_s=load_s)
     if len(table) < plan.resume_block:
         _correct(engine, known, table, report, failed=report.store_errors > num_errors)
         return None
     try:
+        if rival is not None:
+            rival.check_gain(plan.predicted_s - load_s)
+            rival.waits = True
         return await _replay(engine, prompt, plan, table, report)
     except BaseException:
         engine.blocks.release(table)
         raise
 
 
+def _load_s(engine: Engine, prompt: Prompt, block: int, known: _Known) -> float:
+    """The predicted time of reading the prompt's first blocks, without those that are in memory."""
+    return engine.planner.load_s(_stored_prefix(engine, prompt, known), block)
+
+
 async def _load_both(
-    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport, rival: Rival | None
 ) -> Sequence | None:
     """A sequence at the checkpoint at `block`. The checkpoint is read and unpacked while the blocks are read. Returns
     None as `_carry_out`. The caller must not cancel this call.
     """
     of_window, num_errors = RestoreReport(), report.store_errors
+    watch = rival.watch if rival is not None else None
+
+    async def load() -> list[int]:
+        load_s = _load_s(engine, prompt, block, known)
+        table = await load_blocks(engine, prompt, block, report, known.older, watch=watch, predicted_s=load_s)
+        first = report.hit_memory_tokens // engine.block_size
+        if rival is not None and first < len(table):
+            tiers = RestoreReport(hit_tiers=dict(report.hit_tiers))
+            rival.loaded = Prefetched(first=first, stop=len(table), report=tiers)
+        return table
+
     table, window = await asyncio.gather(
-        load_blocks(engine, prompt, block, report, known.older),
-        _load_checkpoint(engine, prompt, block, known, of_window),
-        return_exceptions=True,
+        load(), _load_checkpoint(engine, prompt, block, known, of_window, watch), return_exceptions=True
     )
     failed = report.store_errors > num_errors
     report.bytes_read += of_window.bytes_read
@@ -319,11 +406,11 @@ def _leave(engine: Engine, known: _Known, table: list[int], report: RestoreRepor
 
 
 async def _load_checkpoint(
-    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport, watch: Watch | None
 ) -> WindowState | None:
     data = known.pooled.pop(block, None)
-    if data is None:
-        data = await _read_checkpoint(engine, prompt, block, known, report)
+    if data is None and watch is not None:
+        data = await _read_checkpoint(engine, prompt, block, known, report, watch)
     if data is not None:
         try:
             position, streams = block * engine.block_size, engine.num_stream_values
@@ -337,7 +424,10 @@ async def _load_checkpoint(
         except BlockCorrupt as err:
             engine.counters.note(err)
             report.store_errors += 1
-            await engine.store.reject(RecordKind.CHECKPOINT, [_checkpoint_name(engine, prompt, block, known.older)[0]])
+            if watch is not None:
+                name, _ = _checkpoint_name(engine, prompt, block, known.older)
+                with watch.waiting(engine.patience.look_ups):
+                    await engine.store.reject(RecordKind.CHECKPOINT, [name])
     known.checkpoints.pop(block, None)
     return None
 
@@ -350,13 +440,14 @@ def _checkpoint_name(engine: Engine, prompt: Prompt, block: int, older: OlderNam
 
 
 async def _read_checkpoint(
-    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport, watch: Watch
 ) -> bytes | None:
     older, tier = known.older, known.checkpoints.get(block, DISK_TIER)
     started = time.perf_counter()
     name, owner = _checkpoint_name(engine, prompt, block, older)
     try:
-        with span("read", tier=tier, what="checkpoint"):
+        predicted_s = engine.rates.load_s(tier, engine.sizes.checkpoint_bytes)
+        with watch.waiting(engine.patience.reads, predicted_s), span("read", tier=tier, what="checkpoint"):
             data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
@@ -366,122 +457,6 @@ async def _read_checkpoint(
         report.bytes_read += len(data)
         engine.rates.observe_load(tier, len(data), time.perf_counter() - started)
     return data
-
-
-async def load_blocks(
-    engine: Engine, prompt: Prompt, num_blocks: int, report: RestoreReport, older: OlderNames | None = None
-) -> list[int]:
-    """Load as many of the prompt's first `num_blocks` as exist: first those in memory, the rest from the store.
-
-    Raises:  Overloaded: the pool has no room.
-    """
-    hashes = prompt.chain.hashes[:num_blocks]
-    table = engine.blocks.take(hashes)
-    report.hit_memory_tokens = len(table) * engine.block_size
-    report.hit_tiers.clear()
-    wanted = hashes[len(table) :]
-    if not wanted:
-        return table
-    try:
-        fresh = engine.blocks.allocate(len(wanted), after=table[-1] if table else None)
-    except BaseException:
-        engine.blocks.release(table)
-        raise
-    try:
-        stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
-        num_read = await _read_into_pool(engine, stored_as, fresh, report)
-    except ReadHangs as err:
-        # These rows must not be reused while a thread may still write into them.
-        err.when_over(lambda: engine.blocks.release(fresh))
-        return table
-    except BaseException:
-        engine.blocks.release([*table, *fresh])
-        raise
-    publish_blocks(engine, prompt, len(table), fresh[:num_read])
-    engine.blocks.release(fresh[num_read:])
-    return table + fresh[:num_read]
-
-
-def _stored_as(
-    engine: Engine, prompt: Prompt, blocks: range, older: OlderNames | None
-) -> list[tuple[bytes, Seq[bytes]]]:
-    """The owner and the hashes of these blocks in the store, as one stretch, or as two if some blocks have
-    older names.
-    """
-    first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
-    owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
-    stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
-    if older is not None:
-        stretches.append((older.owner, older.hashes[first_older : blocks.stop]))
-    return [(owner, hashes) for owner, hashes in stretches if hashes]
-
-
-async def _read_into_pool(
-    engine: Engine, stored_as: Seq[tuple[bytes, Seq[bytes]]], block_ids: list[int], report: RestoreReport
-) -> int:
-    started = time.perf_counter()
-    rows = engine.pool.landing(block_ids)
-    num_read = 0
-    try:
-        for owner, hashes in stored_as:
-            part = rows[num_read : num_read + len(hashes)]
-            with span("read", tier=DISK_TIER, what="blocks", num_blocks=len(hashes)) as reading:
-                num_good = await _read_stretch(engine, hashes, part, owner, report)
-                reading.set(tiers=",".join(report.hit_tiers))
-            num_read += num_good
-            if num_good < len(hashes):
-                break
-    except AntefixError as err:
-        engine.counters.note(err)
-        report.store_errors += 1
-        if isinstance(err, ReadHangs):
-            raise
-        return 0
-    if num_read:
-        names = [name for _, hashes in stored_as for name in hashes]
-        num_read = await _take_in(engine, block_ids[:num_read], names, report)
-    nbytes = num_read * engine.layout.block_bytes
-    report.bytes_read += nbytes
-    if num_read == len(block_ids):
-        engine.rates.observe_load(DISK_TIER, nbytes, time.perf_counter() - started)
-    else:
-        engine.counters.short_reads += 1
-    return num_read
-
-
-async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
-    """The number of usable blocks at the beginning of the blocks that were read. An unusable block is reported to the
-    store.
-    """
-    # One job, because each job waits for the running work.
-    unusable = await engine.compute.run(engine.pool.fill, landed)
-    if unusable:
-        index = landed.index(unusable[0])
-        report.store_errors += 1
-        engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds NaN or infinity"))
-        await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
-        landed = landed[:index]
-    return len(landed)
-
-
-async def _read_stretch(
-    engine: Engine, hashes: Seq[bytes], into: Seq[memoryview], owner: bytes, report: RestoreReport
-) -> int:
-    """The number of leading blocks that were read. If there are several stores, the report says which store gave which
-    blocks, and which errors occurred.
-    """
-    store = engine.store
-    if not isinstance(store, ManyStores):
-        return await uninterrupted(store.get_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
-    found = await uninterrupted(store.read_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
-    for err in found.errors:
-        engine.counters.note(err)
-    report.store_errors += len(found.errors)
-    for read in found.reads:
-        tokens = read.num_blocks * engine.block_size
-        report.hit_tiers[read.tier] = report.hit_tiers.get(read.tier, 0) + tokens
-        engine.counters.note_tier(read.tier, tokens, read.nbytes)
-    return found.num_good
 
 
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
@@ -559,11 +534,13 @@ async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known
         return MissReason.BELOW_MINIMUM
     if plan.resume_block >= full_blocks:
         return MissReason.NONE
+    if known.store_late:
+        return MissReason.STORE_LATE
     if plan.resume_block < known.num_blocks:
         return MissReason.WINDOW_MISSING
     if known.store_failed:
         return MissReason.STORE_UNAVAILABLE
-    return await why_missed(
+    asked = why_missed(
         engine,
         prompt.chain,
         prompt.tokens,
@@ -571,3 +548,8 @@ async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known
         index=plan.resume_block,
         came_short=known.came_short,
     )
+    try:
+        return await engine.patience.within(engine.patience.look_ups, BASE_S, asked)
+    except StoreLate as err:
+        engine.counters.note(err)
+        return MissReason.STORE_LATE

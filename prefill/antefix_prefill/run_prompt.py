@@ -14,17 +14,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InternalError, NotFinite
+from antefix.errors import InternalError, NotFinite, Overloaded
 from antefix.model import Ran, Sequence, follow_ran, run_tokens
 from antefix.model.finite import are_numbers
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
+from antefix_prefill.late_store import LateRestore, flush_in_time, restore_in_time
 from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_prompt
 from antefix_prefill.model_step import model_step
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
-from antefix_prefill.restore import Prompt, Restored, restore
+from antefix_prefill.restore import Prompt, Restored
 from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.plan_log import PlanOutcome
@@ -43,16 +44,19 @@ class ComputedPrompt:
 
 
 async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
-    """The prompt's KV; everything that is new in it has been stored, or counted as not storable. The caller releases
-    the blocks.
+    """The prompt's KV; everything that is new in it has been stored, or counted as not storable, or is being written to
+    a store that is late. The caller releases the blocks.
 
     Raises:  Overloaded: no room in the pool.
     """
     started = time.perf_counter()
     engine.budget.refresh_soon()
-    # 1. Restore the longest prefix that is worth restoring.
+    writer = RecordWriter(
+        engine.store, engine.counters, engine.window_pool, writes=not engine.borrows, patience=engine.patience
+    )
+    # 1. Restore the longest prefix that is worth restoring. If the store is late, the restore continues next to step 2.
     with span("restore", prompt_tokens=prompt.num_tokens) as restoring:
-        restored = await restore(engine, prompt)
+        restored, late = await restore_in_time(engine, prompt, writer)
         report = restored.report
         restoring.set(
             plan=report.plan,
@@ -62,17 +66,28 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
             miss_reason=report.miss_reason,
             bytes_read=report.bytes_read,
         )
-    writer = RecordWriter(engine.store, engine.counters, engine.window_pool, writes=not engine.borrows)
+    restored_s = time.perf_counter() - started
     try:
         # 2. Compute the rest, while finished blocks go to the store. First store again the blocks that the store lost
         #    and the pool still has: without these ancestors the store would refuse the new blocks.
         await _put_back(engine, prompt, restored, writer)
-        logits = await _compute(engine, prompt, restored, writer)
+        logits = await _compute(engine, prompt, restored, writer, late)
+        while isinstance(logits, Restored):
+            # The late restore is further than what was computed meanwhile, which is given back.
+            writer.drop()
+            engine.blocks.release(restored.sequence.block_table)
+            restored, restored_s = logits, time.perf_counter() - started
+            await _put_back(engine, prompt, restored, writer)
+            logits = await _compute(engine, prompt, restored, writer, None)
+        report = restored.report
+        report.restore_s = restored_s
         report.compute_s = time.perf_counter() - started - report.restore_s
         # 3. The decode worker reads the blocks from the store, so they must be there before it gets the request.
         with span("store", part="prompt"):
-            await writer.flush()
+            await flush_in_time(engine, writer, restored.sequence.block_table)
     except BaseException:
+        if late is not None:
+            late.cancel()
         try:
             await writer.flush()  # rows must not be reused while they are written; finished blocks are worth storing
         finally:
@@ -81,11 +96,12 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written
     report.write_error = writer.error
-    actual_s = report.restore_s + report.compute_s
-    engine.planner.record(restored.plan, actual_s)
-    engine.plans.add(
-        PlanOutcome(plan=restored.plan, plans=restored.plans, num_tokens=prompt.num_tokens, actual_s=actual_s)
-    )
+    if late is None:
+        actual_s = report.restore_s + report.compute_s
+        engine.planner.record(restored.plan, actual_s)
+        engine.plans.add(
+            PlanOutcome(plan=restored.plan, plans=restored.plans, num_tokens=prompt.num_tokens, actual_s=actual_s)
+        )
     return ComputedPrompt(prompt=prompt, sequence=restored.sequence, logits=logits, report=report)
 
 
@@ -99,7 +115,10 @@ async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: 
         await writer.put(block_record(engine, prompt, index, payload))
 
 
-async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
+async def _compute(
+    engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter, late: LateRestore | None
+) -> npt.NDArray[np.float32] | Restored:
+    """The last token's logits; or, if a late restore is further than what was computed, what it restored."""
     sequence = restored.sequence
     marks = {mark.block * engine.block_size: mark for mark in marks_for_prompt(engine, prompt, restored)}
     if mark := marks.get(sequence.position):
@@ -108,8 +127,17 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
     context, begun = sequence.position, time.perf_counter()
     while sequence.position < prompt.num_tokens:
         first = sequence.position
+        if late is not None and late.is_open and (further := await late.further(first, restored.report)):
+            return further
         stop = _next_stop(engine, prompt, first, marks)
-        grow(engine, sequence, stop)
+        try:
+            grow(engine, sequence, stop)
+        except Overloaded:
+            if late is None or not late.is_open:
+                raise
+            # The restore has blocks too. It ends in any case, since every call to the store has a time limit.
+            await late.ended()
+            continue
         # In reproducible mode a longer prompt would run these tokens in a whole chunk and get other bits.
         last = stop // engine.block_size if stop % engine.align_tokens == 0 else first // engine.block_size
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
@@ -119,12 +147,18 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             with model_step(first):
                 logits, payloads = await _run_piece(piece, prompt.num_tokens - first, begun)
         for index in range(first // engine.block_size, last):
-            publish_block(engine, prompt, index, sequence.block_table[index])
+            if late is not None:
+                late.publish(index, sequence.block_table[index])
+            else:
+                publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):
             await writer.put(block_record(engine, prompt, index, payload))
         if mark := marks.get(stop):
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
-    engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
+    if late is not None:
+        late.finish()
+    else:
+        engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
         raise InternalError("a restored prefix covers the whole prompt, so no token is left to compute")
     return logits

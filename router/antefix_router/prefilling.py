@@ -20,6 +20,7 @@ from antefix.located import Located
 from antefix.security.grants import hold
 from antefix.store.api import Store
 from antefix.store.many_stores import ManyStores
+from antefix.store.patience import BASE_S, Patience
 from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
 from antefix_router.hedging import HedgeBudget
@@ -52,7 +53,9 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    """num_blocks: leading stored blocks; None: the store did not answer. located: set if there are several stores."""
+    """num_blocks: leading stored blocks; None: the store did not answer, or is late. located: set if there are several
+    stores.
+    """
 
     num_blocks: int | None = None
     located: Located | None = None
@@ -84,6 +87,7 @@ class Prefilling:
         self.fingerprint = fingerprint
         self._limits = limits
         self._num_decoding = num_decoding
+        self._patience = Patience()
         self._in_flight: InFlight[Flight] = InFlight()
         self._calls = PrefillCalls(workers, directory, self._sessions, limits, self.counters, budget or HedgeBudget())
 
@@ -103,8 +107,10 @@ class Prefilling:
             work = prompt.work(num_stored, located=stored.located)
             note_own_work((work.num_tokens - (work.stored_tokens or 0)) / self._calls.tokens_per_s())
             # 2. If few tokens are uncached, the decode worker computes them and needs no handoff. It then keeps no
-            # breakpoints and serves one output only.
-            if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):
+            # breakpoints and serves one output only. If the store does not answer, it would lose the handoff too, and
+            # the prompt would be computed twice.
+            can_go_straight = not request.breakpoints and request.num_samples == 1
+            if can_go_straight and (num_stored is None or self._goes_straight(work)):
                 self.counters.num_straight += 1
                 return Ready(work=work, answer=None, located=stored.located)
             # 3. Wait for blocks that are being computed already. There is no await from here to `lead`, because two
@@ -142,7 +148,8 @@ class Prefilling:
         try:
             with span("look-up", num_blocks=len(hashes)):
                 if not isinstance(store, ManyStores):
-                    found = await store.lookup(hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
+                    asked = store.lookup(hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
+                    found = await self._patience.within(self._patience.look_ups, BASE_S, asked)
                     return _Stored(num_blocks=found.num_blocks)
                 located = await store.locate(hashes, fingerprint=self.fingerprint, tenant=prompt.owner, ask=ask)
                 return _Stored(num_blocks=located.found.num_blocks, located=located)

@@ -34,6 +34,7 @@ LIMITS = {
     "antefix.pulse": ("LIMIT_S_MAX", "Pulse.silent_s"),
     "antefix.store.breaker": ("Breaker.slack_s",),
     "antefix.store.file_reads": ("FileReads.slack_s", "_READ_S_MAX"),
+    "antefix.store.patience": ("FLOOR_S",),
     "antefix.store.payload_reads": ("STREAM_DEADLINE_S",),
     "antefix.store.read_tiers": ("_ALONE_S", "_LATE_S"),
     "antefix.store.remote_store": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),

@@ -1,5 +1,6 @@
-"""What a hang costs, on a simulated clock: at most 2 s more than the prediction for a worker, and for a store at most
-the time to notice it.
+"""What a hang costs, on a simulated clock: at most 2 s more than the prediction for a worker. A store that hangs keeps
+the router for a moment, and its calls end when the hang is noticed; tests/prefill/test_late_store.py has what it costs
+workers.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.pulse import Pulse
 from antefix.restore_report import RestoreReport
 from antefix.store.breaker import SLACK_S, Breaker
+from antefix.store.patience import FLOOR_S, UNKNOWN_S
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -49,7 +51,13 @@ class Prefiller(PrefillClient):
         return Prefilled(handoff=b"h", restore=RestoreReport())
 
 
-def prefilled_s(*clients):
+class HungLookUps(FakeStore):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
+        await asyncio.sleep(60.0)
+        return await super().lookup(chain, fingerprint=fingerprint, tenant=tenant)
+
+
+def prefilled_s(*clients, store=None):
     """How long a prompt takes with these workers, and whether one of them computed it."""
 
     async def one():
@@ -60,7 +68,7 @@ def prefilled_s(*clients):
             worker.pulse = Pulse(worker.address, client.ask, clock=clock)
             worker.pulse.start()
         limits = Limits(prefill_tokens_min=0)
-        prefilling = Prefilling(workers, FakeStore(), Directory(), fingerprint=FINGERPRINT, limits=limits)
+        prefilling = Prefilling(workers, store or FakeStore(), Directory(), fingerprint=FINGERPRINT, limits=limits)
         await asyncio.sleep(5.0 - clock())
         ready = await prefilling.run(request_of("r"), NAMES.prompt("t", TOKENS), timeout_s=600.0)
         took_s = clock() - 5.0
@@ -94,6 +102,11 @@ def test_a_decode_worker_that_hangs_costs_two_seconds_more_than_its_output(hangs
     for peers in ((Peer(**hung), Peer()), (Peer(), Peer(**hung))):
         found, took_s = asked(*peers)
         assert found == list(range(8)) and took_s <= alone_s + COST_S
+
+
+def test_a_store_that_hangs_keeps_the_router_for_a_moment_and_decode_computes_the_prompt():
+    took_s, is_computed = prefilled_s(Prefiller(), store=HungLookUps())
+    assert not is_computed and took_s <= UNKNOWN_S + FLOOR_S
 
 
 class HungStore:

@@ -10,7 +10,7 @@ import pytest
 
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import InternalError, InvalidRequest, NotFinite, Overloaded, StepFailed, Unavailable
-from antefix.generation_request import Caller, GenerationRequest
+from antefix.generation_request import Breakpoint, Caller, GenerationRequest
 from antefix.record import LookupResult
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
@@ -210,12 +210,16 @@ async def test_followers_do_not_wait_for_ever(monkeypatch):
     assert_idle(prefilling, workers)
 
 
-async def test_a_store_that_is_down_stops_nobody():
+async def test_a_store_that_is_down_stops_nobody_and_makes_nobody_compute_twice():
+    """The handoff of a prefill worker would be lost, so the decode worker computes the prompt, which it then does once.
+    A request with breakpoints still needs a prefill worker.
+    """
     prefilling, workers, (client,), store = build()
     store.down = True
     client.gate.set()
     results = await asyncio.gather(*(start(prefilling, f"r{i}") for i in range(3)))
-    assert all(result.answer is not None for result in results)
+    assert all(result.answer is None for result in results) and not client.calls
+    assert (await start(prefilling, "marked", breakpoints=[Breakpoint(64, 0.0)])).answer is not None
     assert_idle(prefilling, workers)
 
 

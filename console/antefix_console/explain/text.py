@@ -29,6 +29,8 @@ ADVICE: Final = {
     " plan is the fastest. If prompts often part here, strategy `auto` stores a checkpoint after the first of them;"
     " `antefix window` shows the strategy.",
     MissReason.STORE_UNAVAILABLE: "the worker got no answer from the store: see whether it runs, and the worker's log.",
+    MissReason.STORE_LATE: "the store did not answer in its usual time, and the worker computed the KV sooner: see"
+    " whether the store's process and disk are busy or hang.",
     MissReason.LOST_HIT: "the worker dropped the KV without saying so, its events are late, or it read another prompt"
     ' than the router: docs/FLEET.md, "Lost hits".',
     MissReason.OTHER_WORKER: "the worker that had the KV had too much to do; --compute-weight says how long to wait for"

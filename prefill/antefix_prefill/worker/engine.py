@@ -36,6 +36,7 @@ from antefix.security.grants import fits_prompt
 from antefix.security.guard import admitted
 from antefix.store.api import Store
 from antefix.store.many_stores import ManyStores
+from antefix.store.patience import Patience
 from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategy, check_bounded
 from antefix.window_pool import WindowPool, open_window_pool
@@ -135,6 +136,7 @@ class Engine:
     prefill_chunk: int
     fingerprint: bytes
     counters: StoreCounters = field(default_factory=StoreCounters)
+    patience: Patience = field(default_factory=Patience)
     bounded_windows: int = 0
     align_tokens: int = 1
     window_pool: WindowPool | None = None

@@ -39,6 +39,14 @@ STORE: Final[Table] = {
         name="antefix_worker_short_reads",
         help="Reads that returned fewer blocks than the look-up before them had promised.",
     ),
+    "late_by_outcome": Shown(
+        name="antefix_worker_late_store_calls",
+        help=(
+            "Times that a worker did not wait for a late store: what was restored or computed in the end, or written "
+            "after the answer."
+        ),
+        key="outcome",
+    ),
     "pool_refused": Shown(
         name="antefix_worker_pool_refused_checkpoints",
         help="Checkpoints of window state that the window pool did not accept.",

@@ -69,6 +69,11 @@ class ResidentBlocks:
             taken.append(block_id)
         return taken
 
+    def share(self, block_ids: Sequence[int]) -> None:
+        """Take one more reference to blocks that are in use; `release` must be called afterwards."""
+        for block_id in block_ids:
+            self._refs[block_id] += 1
+
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]:
         """Private blocks, next to block `after` if possible. If the pool is full, idle blocks are evicted.
 

@@ -18,6 +18,7 @@ _WHY: Final[dict[MissReason, str]] = {
     MissReason.ARITHMETIC_DIFFERS: "They are stored by a set-up whose arithmetic rounds differently.",
     MissReason.CORRUPT: "They were stored, but damaged. They have been set aside and computed again.",
     MissReason.STORE_UNAVAILABLE: "The store did not answer.",
+    MissReason.STORE_LATE: "The store did not answer in its usual time, and computing them ended sooner.",
     MissReason.UNREACHABLE: "They are stored behind a block that is not.",
     MissReason.LOST_HIT: "The worker's events said that it has them, and it did not hit them.",
     MissReason.OTHER_WORKER: "Another worker has them; this one was chosen because it has less to do.",
