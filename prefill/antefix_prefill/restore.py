@@ -83,9 +83,9 @@ class _Known:
 
     checkpoints: the tier of each, by boundary. pooled: window state that the pool has given already, by boundary.
     block_tiers: for several stores, as `LookupResult.tiers`. store_failed: whether the store did not answer.
-    store_late: whether the prompt continues without the store's answer. came_short: whether the store promised blocks and
-    did not deliver them. older: the blocks that are stored only under
-    the names of an older secret. loaded: blocks that an earlier plan of this restore read; they are in memory since.
+    store_late: whether the prompt continues without the store's answer. came_short: whether the store promised blocks
+    and did not deliver them. older: the blocks that are stored only under the names of an older secret. loaded: blocks
+    that an earlier plan of this restore read; they are in memory since.
     """
 
     num_blocks: int
