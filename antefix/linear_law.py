@@ -109,6 +109,11 @@ class LinearLaw:
         self.num_observations += 1
         self._shape = self._fit()
 
+    @property
+    def level(self) -> float:
+        """How slow the machine is now, in units of what the shape says."""
+        return self._level
+
     def seconds(self, features: Sequence[float]) -> float:
         return self._level * float(self._shape @ (np.asarray(features, dtype=np.float64) / self._scales))
 

@@ -5,6 +5,9 @@ for a slow rate, and prefill's growth with its context is not mistaken for noise
     prefill_s(n, context) = fixed + n / rate + n * (context + n / 2) * slope        load_s(bytes) = fixed + bytes / rate
 `antefix.linear_law` is the law.
 
+Prefills and replays run on one thread, so both have the level of prefill's law. A worker that gets busier, and has run
+no replay since, would otherwise take replays for as fast as they were before.
+
 A law that has lately seen only short prefills keeps the ratio of long to short ones that it learnt before, or the
 prior's, and scales it to how fast short ones are now. Laws of loads follow slower: a tier that looks slow is not read,
 and what is not read is not measured.
@@ -61,7 +64,9 @@ class Rates:
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
         """tokens: the tokens of work of a plan (`Plan.replay_work_tokens`), here and in `replay_s`."""
-        self._replay.observe(_compute_features(tokens, context), seconds)
+        # A prefill follows each replay. Until the first one, nothing says how fast this machine is.
+        if self._prefill.num_observations:
+            self._replay.observe(_compute_features(tokens, context), seconds / self._prefill.level)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
         """Learn from one load. Observations are ignored for tiers whose law other code updates."""
@@ -76,7 +81,7 @@ class Rates:
         work and never more.
         """
         if self._replay.num_observations:
-            return _predicted_s(self._replay, tokens, context)
+            return self._prefill.level * _predicted_s(self._replay, tokens, context)
         return self.prefill_s(tokens, context=context)
 
     def load_s(self, tier: str, nbytes: int) -> float:

@@ -4,12 +4,13 @@ import asyncio
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from antefix.model.pauses import layers_pause
 from antefix_prefill.run_prompt import run_prompt
-from antefix_prefill.worker import chunk_parts
+from antefix_prefill.worker import chunk_parts, compute_thread
 from antefix_prefill.worker.chunk_parts import ChunkParts
 from antefix_prefill.worker.compute_thread import (
     OLDEST_EVERY,
@@ -78,6 +79,37 @@ async def test_every_few_chunks_one_is_the_oldest_prompts():
     taken = await order_of([("long", 9000, 1.0), *shorts])
     assert taken.index("long") == OLDEST_EVERY - 1
     assert [name for name in taken if name != "long"] == [name for name, _, _ in shorts]
+
+
+async def test_a_chunk_that_has_waited_goes_before_shorter_ones_that_have_not(monkeypatch):
+    clock, waited = [0.0], {"replay": [], "short": []}
+    monkeypatch.setattr(compute_thread.time, "perf_counter", lambda: clock[0])
+    thread, begin = ComputeThread("test"), threading.Event()
+
+    def compute(kind, asked):
+        waited[kind].append(clock[0] - asked)
+        clock[0] += 0.1
+        # The next chunk is chosen only when the client of the last short one has asked again.
+        others = 4 - (kind == "short")
+        while len(waited["replay"]) < 24 and sum(job.remaining == 200 for job in thread._chunks) < others:
+            time.sleep(0.0001)
+
+    async def client():
+        while len(waited["replay"]) < 24:  # short hits come without end
+            asked = clock[0]
+            await thread.run_chunk(200, asked, compute, "short", asked)
+
+    async with asyncio.timeout(AT_MOST_S):
+        busy = asyncio.create_task(thread.run(begin.wait))
+        replays = [asyncio.create_task(thread.run_chunk(700, 0.0, compute, "replay", 0.0)) for _ in range(24)]
+        shorts = [asyncio.create_task(client()) for _ in range(4)]
+        await asyncio.sleep(0)
+        begin.set()
+        await asyncio.gather(busy, *replays, *shorts)
+    thread.close()
+    # With the fewest tokens first, only every fourth chunk would be a replay's.
+    assert max(waited["replay"]) < 24 * 0.1 * OLDEST_EVERY / 1.5
+    assert np.median(waited["short"]) < 1.0 and max(waited["short"]) < 2.0
 
 
 async def test_an_error_is_the_callers_and_the_thread_goes_on():

@@ -70,6 +70,26 @@ def test_after_short_prefills_that_waited_a_long_one_is_not_thought_to_be_free()
     assert rates.prefill_s(320, context=4224) + 0.1 < rates.prefill_s(4544, context=0)
 
 
+def test_a_worker_that_gets_busy_takes_no_replay_for_as_fast_as_before() -> None:
+    rates = Rates()
+    for _ in range(20):
+        rates.observe_replay(190, context=3840, seconds=0.06)
+        rates.observe_prefill(320, context=4224, seconds=0.1)
+    assert rates.replay_s(190, context=3840) == pytest.approx(0.06, rel=0.2)
+    for _ in range(20):
+        rates.observe_prefill(320, context=4224, seconds=1.0)
+    # Both run on the same thread.
+    assert rates.replay_s(190, context=3840) == pytest.approx(0.6, rel=0.25)
+
+
+def test_the_first_replay_on_a_slow_machine_does_not_count_twice() -> None:
+    rates = Rates()
+    for _ in range(3):
+        rates.observe_replay(1000, context=4000, seconds=5.0)
+        rates.observe_prefill(1000, context=4000, seconds=10.0)
+    assert rates.replay_s(1000, context=4000) == pytest.approx(5.0, rel=0.3)
+
+
 def test_tiers_are_kept_apart() -> None:
     rates = Rates()
     for _ in range(20):
