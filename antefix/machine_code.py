@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -87,8 +88,10 @@ def new_module(name: str) -> ir.Module:
     return module
 
 
-def engine_of(module: ir.Module) -> Any:
+def engine_of(module: ir.Module, *, vector_bits_max: int | None = None) -> Any:
     """LLVM's engine with this module's code for this processor. The code lives as long as the engine.
+
+    vector_bits_max: wider vectors are divided; None: into what the processor has.
 
     Raises:  RuntimeError, AttributeError, ...: this version of llvmlite is too old, or knows no code for this machine.
     """
@@ -103,7 +106,12 @@ def engine_of(module: ir.Module) -> Any:
     machine = target.create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
     )
-    parsed = llvm.parse_assembly(str(module))
+    text = str(module)
+    if vector_bits_max is not None:
+        # llvmlite has no call for these attributes.
+        limit = f'"min-legal-vector-width"="{vector_bits_max}" "prefer-vector-width"="{vector_bits_max}"'
+        text = re.sub(r"^(define .*\))", rf"\1 {limit}", text, flags=re.MULTILINE)
+    parsed = llvm.parse_assembly(text)
     parsed.verify()
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from antefix.store_files.checked_copy import DIGEST_BYTES, CheckedReads, rows_of
+from antefix.store_files.checked_copy import SUMS_BYTES, CheckedReads, rows_of
 from antefix.store_files.record_format import RECORD_HEADER_BYTES
 
 MIB = 1 << 20
@@ -94,16 +94,16 @@ def one_pass_read(path: Path, into: Array, reads: CheckedReads, *, depth: int, n
     """
     num, nbytes = into.shape
     fd = os.open(path, os.O_RDONLY)
-    heads, checksums = bytearray(num * RECORD_HEADER_BYTES), bytearray(num * DIGEST_BYTES)
+    heads, sums = bytearray(num * RECORD_HEADER_BYTES), bytearray(num * SUMS_BYTES)
     # The code reads a header before each block. Here the bytes before a block serve as such.
     offsets = np.maximum(np.arange(num) * nbytes - RECORD_HEADER_BYTES, 0)
     head_at = np.arange(num) * RECORD_HEADER_BYTES
-    rows = rows_of(offsets, np.full(num, nbytes), [row.data for row in into], heads, head_at, checksums)
+    rows = rows_of(offsets, np.full(num, nbytes), [row.data for row in into], heads, head_at, sums)
     assert rows is not None, "the buffers are aligned"
 
     def read(first: int) -> None:
         end = min(first + num_blocks, num)
-        count = reads.read(fd, rows, first, end, flags=0)
+        count = reads.read(fd, rows, first, end, 0, flags=0)
         assert count == end - first, f"{count} of {end - first} blocks were read"
 
     elapsed_s = _shared_out(read, range(0, num, num_blocks), depth)

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise, takewhile
-from typing import Any, Final
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from antefix.record import RecordKind
-from antefix.store_files.checked_copy import DIGEST_BYTES, CheckedReads, Rows, reads_if_ready, rows_of
+from antefix.store_files.checked_copy import SUMS_BYTES, CheckedReads, Rows, reads_if_ready, rows_of
 from antefix.store_files.header_columns import HEADER
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.read_runs import records_per_run
@@ -33,9 +33,8 @@ from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     RECORD_MAGIC,
     Codec,
-    IndexEntry,
     RecordFlag,
-    short_fields,
+    short_places,
     unpack_entry,
 )
 from antefix.store_files.record_header import SEALED_PART
@@ -46,19 +45,22 @@ Array = npt.NDArray[Any]
 
 # A header, preceded by room for the longest padding before it.
 _HEAD: Final = np.dtype([("padding", f"V{RECORD_ALIGN}"), ("header", HEADER)])
+_SUMS: Final = np.dtype([("payload", "V16"), ("header", "<u8")])
+assert _SUMS.itemsize == SUMS_BYTES
 # Fewer records than this are read just as fast one by one.
 _RECORDS_MIN: Final = 8
 # For fewer records, locating some while others are read saves less than starting twice.
 _LOCATED_LATER_MIN: Final = 256
 # Smaller restores end before machine code is quicker than what prepares it.
 _COMPILED_BYTES_MIN: Final = 1 << 20
+# How many times shorter than other runs the last ones are.
+_LAST_RUNS_SHORTER: Final = 4
 # Records with one of these flags are left to `read_runs`.
 _ODD_FLAGS: Final = int(RecordFlag.ENCRYPTED | RecordFlag.QUARANTINED)
 _SEALED: Final = int(RecordFlag.SEALED)
 _SHORT: Final = np.dtype([("words", "<u8", 6), ("parent", "V32"), ("checksum", "<u4")])
 assert _SHORT.itemsize == INDEX_ENTRY_SHORT.size
-# The fields that `short_fields` returns, and those that a reader needs.
-_FIELDS: Final = tuple(field.name for field in fields(IndexEntry))[:-1]
+# The fields that a reader needs, as `short_places` returns them.
 _NEEDED: Final = (
     *("segment", "offset", "stored_bytes", "payload_bytes", "fingerprint_id"),
     *("children", "expires_ms", "codec", "flags"),
@@ -80,8 +82,7 @@ class Places:
         return Places(self.segment[begin:end], self.offset[begin:end], self.stored_bytes[begin:end])
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Adjacent blocks that one preadv reads.  parts: the buffers, for headers and payloads in alternation; empty: not
     made yet, because machine code comes first.
     """
@@ -94,8 +95,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PlainRead:
-    """The blocks to read, which are the leading ones of a request. checksums: room for those of the payloads that were
-    read.  rows: of `checked_copy`; None: machine code cannot read these blocks.  files: the open segments, by number.
+    """The blocks to read, which are the leading ones of a request. sums: room for SUMS_BYTES of each block that was
+    read; where the header's checksum is 0, it was not computed.  rows: of `checked_copy`; None: machine code cannot
+    read these blocks.  files: the open segments, by number.
     """
 
     places: Places
@@ -105,7 +107,7 @@ class PlainRead:
     tenant: bytes
     heads: bytearray
     runs: Sequence[Run]
-    checksums: bytearray
+    sums: bytearray
     compiled: CheckedReads | None
     rows: Rows | None
     files: dict[int, OpenFile]
@@ -153,17 +155,17 @@ class PlainReads:
         values = [value for block_hash, (key, value) in zip(hashes, found, strict=False) if key == block_hash]
         places = _places_of(values, hashes, into, -1 if fingerprint_id is None else fingerprint_id, now_ms)
         num = len(places)
-        heads, checksums = bytearray(num * _HEAD.itemsize), bytearray(num * DIGEST_BYTES)
+        heads, sums = bytearray(num * _HEAD.itemsize), bytearray(num * SUMS_BYTES)
         compiled, rows = reads_if_ready() if places.stored_bytes.sum() >= _COMPILED_BYTES_MIN else None, None
         if compiled is not None:
             header_at = np.arange(num) * _HEAD.itemsize + RECORD_ALIGN
-            rows = rows_of(places.offset, places.stored_bytes, into[:num], heads, header_at, checksums)
+            rows = rows_of(places.offset, places.stored_bytes, into[:num], heads, header_at, sums)
         runs = list(_runs(places, num_threads)) if num else []
         if rows is None:
             runs = _with_parts(runs, places, memoryview(heads), into)
         files: dict[int, OpenFile] = {}
         return PlainRead(
-            places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, checksums, compiled, rows, files
+            places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, sums, compiled, rows, files
         )
 
     def shares(self, num: int) -> Sequence[tuple[int, int]]:
@@ -175,8 +177,8 @@ class PlainReads:
             return ()
         if num < _LOCATED_LATER_MIN or reads_if_ready() is None:
             return ((0, num),)
-        ends = [0, num // 16, num // 4, num]
-        return tuple(pairwise(ends))
+        # A share costs as much as 300 blocks, however few it has. So there are only two.
+        return ((0, num // 32), (num // 32, num))
 
     def open(self, wanted: PlainRead) -> None:
         """Open the segments.  Raises:  OSError: a segment is gone."""
@@ -191,16 +193,16 @@ class PlainReads:
         while wanted.files:
             self._files.give_back(wanted.files.popitem()[1])
 
-    def read(self, wanted: PlainRead, run: Run) -> bool:
+    def read(self, wanted: PlainRead, run: Run, seed: int) -> bool:
         """Read a run of blocks, while other threads read others. Returns False if the run cannot be read. The read
-        data may be used only after `is_right` has checked all of it.
+        data may be used only after `is_right` has checked all of it. seed: the store's, of the headers' checksums.
 
         Between two reads the reader does nothing else, for two reasons. The copied data pushes everything else out of
         the core's caches. Hashing releases Python's lock, for which other threads wait.
         """
         fd, first, seals = wanted.files[run.segment].fd, run.first, self._seals
         if wanted.compiled is not None and wanted.rows is not None:
-            first += wanted.compiled.read(fd, wanted.rows, first, run.end)
+            first += wanted.compiled.read(fd, wanted.rows, first, run.end, seed)
         if first < run.end and not _read_then_hash(wanted, run, first, fd):
             return False
         return seals is None or all(self._is_sealed(seals, wanted, at) for at in range(run.first, run.end))
@@ -222,12 +224,13 @@ class PlainReads:
         """Whether these blocks, which were read, pass every check. False says neither which one failed nor why."""
         raw = memoryview(wanted.heads)[begin * _HEAD.itemsize : end * _HEAD.itemsize]
         heads = np.frombuffer(raw, _HEAD)["header"]
+        sums = np.frombuffer(wanted.sums, _SUMS)[begin:end]
         return (
-            heads["payload_checksum"].tobytes() == wanted.checksums[begin * DIGEST_BYTES : end * DIGEST_BYTES]
+            heads["payload_checksum"].tobytes() == sums["payload"].tobytes()
             and heads["hash"].tobytes() == b"".join(wanted.hashes[begin:end])
             and heads["fingerprint"].tobytes() == wanted.fingerprint * (end - begin)
             and _lie_at(heads, wanted.places.part(begin, end))
-            and _are_sound(raw, heads, seed)
+            and _are_sound(raw, heads, sums["header"], seed)
         )
 
 
@@ -257,12 +260,9 @@ def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Arra
     Entries in the short form are not checked: a damaged entry leads to a place without the right record header.
     """
     if all(len(value) == _SHORT.itemsize for value in values):
-        words = np.frombuffer(b"".join(values), _SHORT)["words"]
-        return {
-            name: column.astype(np.int64)
-            for name, column in zip(_FIELDS, short_fields(*words.T), strict=True)
-            if name in _NEEDED
-        }
+        words = np.frombuffer(b"".join(values), _SHORT)["words"].T
+        # No field has more than 42 bits, so all fit into signed integers.
+        return {name: column.view(np.int64) for name, column in zip(_NEEDED, short_places(*words[:5]), strict=True)}
     # Pinned records have the long form. A damaged entry ends the list.
     entries = takewhile(lambda entry: entry is not None, map(unpack_entry, values, hashes))
     rows = [[getattr(entry, name) for name in _NEEDED] for entry in entries]
@@ -277,10 +277,15 @@ def _runs(places: Places, num_threads: int) -> Iterator[Run]:
     is_gap = (places.offset[1:] != following[:-1]) | (places.segment[1:] != places.segment[:-1])
     step = records_per_run(len(places), num_threads, int(places.stored_bytes.max()))
     first = 0
+    # The last runs are shorter and shorter, so that no thread ends much before the others.
+    shortest = max(1, step // _LAST_RUNS_SHORTER)
     for gap in (*(np.flatnonzero(is_gap) + 1).tolist(), len(places)):
-        for begin in range(first, gap, step):
-            yield Run(begin, min(begin + step, gap), int(places.segment[begin]))
-        first = gap
+        segment = int(places.segment[first])
+        while first < gap:
+            evenly = (len(places) - first) // (2 * num_threads)
+            end = min(first + max(shortest, min(step, evenly)), gap)
+            yield Run(first, end, segment)
+            first = end
 
 
 def _with_parts(runs: Sequence[Run], places: Places, heads: memoryview, into: Sequence[memoryview]) -> list[Run]:
@@ -314,8 +319,8 @@ def _read_then_hash(wanted: PlainRead, run: Run, first: int, fd: int) -> bool:
             return False
     except OSError:
         return False
-    checksums = b"".join(map(xxhash.xxh3_128_digest, wanted.into[first:end]))
-    wanted.checksums[first * DIGEST_BYTES : end * DIGEST_BYTES] = checksums
+    sums = np.frombuffer(wanted.sums, _SUMS)[first:end]
+    sums["payload"] = np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, wanted.into[first:end])), "V16")
     return True
 
 
@@ -333,9 +338,10 @@ def _lie_at(heads: Array, places: Places) -> bool:
     return bool(good.all())
 
 
-def _are_sound(raw: memoryview, heads: Array, seed: int) -> bool:
-    """Whether each header has the right checksum and the magic of the current version."""
-    digest = xxhash.xxh3_64_intdigest
-    begins = range(RECORD_ALIGN + CHECK_OFFSET, len(raw), _HEAD.itemsize)
-    found = [digest(raw[at : at + RECORD_HEADER_BYTES - CHECK_OFFSET], seed) for at in begins]
-    return bool((heads["magic"] == RECORD_MAGIC).all()) and heads["header_checksum"].tolist() == found
+def _are_sound(raw: memoryview, heads: Array, sums: Array, seed: int) -> bool:
+    """Whether each header has the right checksum and the magic of the current version. sums: 0 if not computed yet."""
+    found = sums.copy()
+    for number in np.flatnonzero(found == 0).tolist():
+        at = number * _HEAD.itemsize + RECORD_ALIGN
+        found[number] = xxhash.xxh3_64_intdigest(raw[at + CHECK_OFFSET : at + RECORD_HEADER_BYTES], seed)
+    return bool((heads["magic"] == RECORD_MAGIC).all() and (heads["header_checksum"] == found).all())

@@ -321,6 +321,23 @@ def short_fields(place: Any, use: Any, life: Any, nbytes: Any, tree: Any, sums: 
     )
 
 
+def short_places(place: Any, use: Any, life: Any, nbytes: Any, tree: Any) -> tuple[Any, ...]:
+    """Of arrays of words of the short form, only what a reader needs: the segment, offset, stored and payload bytes,
+    fingerprint's id, children, expiry time, codec and flags.
+    """
+    return (
+        place >> 32 & 0xFFFFFF,
+        (place & 0xFFFFFFFF) << 3,
+        nbytes & 0x3FFFFFFF,
+        nbytes >> 30 & 0x3FFFFFFF,
+        use >> 44,
+        tree >> 28 & 0xFFFF,
+        life & 0x3FFFFFFFFFF,
+        nbytes >> 60,
+        place >> 56,
+    )
+
+
 def segment_name(segment: int) -> str:
     return f"{segment:012d}.seg"
 

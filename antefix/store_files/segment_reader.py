@@ -194,6 +194,8 @@ class StoreReader:
 
         def located() -> Iterator[PlainRead]:
             for first, end in shares:
+                if first:
+                    shared.let_another_begin()
                 names, buffers, now_ms = hashes[first:end], into[first:end], self._clock_ms()
                 part = plain.locate(
                     names, buffers, fingerprint=fingerprint, tenant=tenant, now_ms=now_ms, num_threads=num_helpers + 1

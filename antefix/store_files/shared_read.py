@@ -1,7 +1,7 @@
 """Shares one restore of plain blocks out to threads, so that all of them have work from the beginning to the end.
 
-The calling thread locates a few blocks, which the other threads begin to read. Meanwhile it locates the others, in
-larger and larger shares, and then reads too. When only a few runs of blocks are left, it checks the headers of all
+The calling thread locates a few blocks, which the other threads begin to read. Meanwhile it locates the others, and
+then reads too. When only a few runs of blocks are left, it checks the headers of all
 blocks that were read so far, while the other threads read on. So all threads end at about the same time, and hardly any
 header is left to check then.
 """
@@ -9,9 +9,16 @@ header is left to check then.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
+from typing import Final
 
 from antefix.store_files.plain_reads import PlainRead, PlainReads, Run
+
+# How long the calling thread waits for another one to begin, which may be busy with another restore.
+_BEGINS_S: Final = 0.0002
+# How many runs per thread are left when the calling thread begins to check. The last runs are short.
+_LAST_RUNS: Final = 3
 
 
 class SharedRead:
@@ -30,6 +37,8 @@ class SharedRead:
         self._done: list[bytearray] = []
         self._checked: list[int] = []
         self._right: list[bool] = []
+        self._begun: SimpleQueue[None] = SimpleQueue()
+        self._has_begun = False
         self.has_failed = False
 
     def add(self, part: PlainRead) -> None:
@@ -43,6 +52,13 @@ class SharedRead:
         for at, run in enumerate(part.runs):
             self._waiting.put((number, at, run))
 
+    def let_another_begin(self) -> None:
+        """Wait until another thread reads, for a moment at most. It needs Python's lock for that, and a thread that
+        locates releases the lock for less time than a thread takes to wake up.
+        """
+        with suppress(Empty):
+            self._begun.get(timeout=_BEGINS_S)
+
     def work(self) -> None:
         """Read run after run, until none is left and none will come."""
         while self._read_one():
@@ -54,8 +70,11 @@ class SharedRead:
             # For the next thread. A thread may come here twice, so one for each would not be enough.
             self._waiting.put(None)
             return False
+        if not self._has_begun:
+            self._has_begun = True
+            self._begun.put(None)
         number, at, run = task
-        if self.has_failed or not self._reads.read(self._parts[number], run):
+        if self.has_failed or not self._reads.read(self._parts[number], run, self._seed):
             self.has_failed = True
             return False
         self._done[number][at] = 1
@@ -78,8 +97,8 @@ class SharedRead:
         for part in located:
             self.add(part)
         self.end()
-        # One run for each thread, and what `end` added.
-        num_last = self._num_threads + 1
+        # Enough short runs for the other threads, and what `end` added.
+        num_last = _LAST_RUNS * self._num_threads + 1
         while self._waiting.qsize() > num_last and self._read_one():
             pass
         self._check()

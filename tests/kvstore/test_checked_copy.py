@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ import xxhash
 
 from antefix.machine_code import MadeOnce
 from antefix.record import RecordKind
-from antefix.store_files import checked_copy, plain_reads
+from antefix.store_files import checked_copy, plain_reads, shared_read
 from antefix.store_files.checked_copy import (
     ALIGN,
-    DIGEST_BYTES,
+    SUMS_BYTES,
     CheckedReads,
     Rows,
     checked_reads,
     rows_of,
     used_instead,
 )
-from antefix.store_files.record_format import RECORD_HEADER_BYTES, SEGMENT_DIR, segment_name
+from antefix.store_files.record_format import CHECK_OFFSET, RECORD_HEADER_BYTES, SEGMENT_DIR, segment_name
 from antefix.store_files.segment_files import OpenFile
 from antefix.store_files.segment_reader import ReadOutcome
 from antefix.store_files.shared_read import SharedRead
@@ -44,15 +45,17 @@ class PythonReads(CheckedReads):
         self.num_max = num_max
         self.num_read = 0
 
-    def read(self, fd: int, rows: Rows, first: int, end: int, *, flags: int = 0) -> int:
+    def read(self, fd: int, rows: Rows, first: int, end: int, seed: int, *, flags: int = 0) -> int:
         num = min(end - first, self.num_max)
-        for offset, into, nbytes, header, digest in rows[first : first + num].tolist():
+        for offset, into, nbytes, header, sums in rows[first : first + num].tolist():
             raw = os.pread(fd, RECORD_HEADER_BYTES + nbytes, offset)
             if len(raw) < RECORD_HEADER_BYTES + nbytes:
                 return 0
             ctypes.memmove(header, raw, RECORD_HEADER_BYTES)
             ctypes.memmove(into, raw[RECORD_HEADER_BYTES:], nbytes)
-            ctypes.memmove(digest, xxhash.xxh3_128_digest(raw[RECORD_HEADER_BYTES:]), DIGEST_BYTES)
+            header_sum = xxhash.xxh3_64_intdigest(raw[CHECK_OFFSET:RECORD_HEADER_BYTES], seed)
+            payload_sum = xxhash.xxh3_128_digest(raw[RECORD_HEADER_BYTES:])
+            ctypes.memmove(sums, payload_sum + header_sum.to_bytes(8, "little"), SUMS_BYTES)
         self.num_read += num
         return num
 
@@ -226,6 +229,42 @@ def test_blocks_that_no_thread_has_read_never_count(open_engine: OpenEngine, of:
     assert shared.close() == (0, 0)
 
 
+def test_a_thread_that_locates_lets_another_begin_but_does_not_wait_for_ever(
+    open_engine: OpenEngine, of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_read, "_BEGINS_S", 60)
+    engine, into = open_engine(), buffers()
+    engine.put(of.blocks())
+    plain = engine.reader._plain
+    part = plain.locate(of.hashes, into, fingerprint=FINGERPRINT, tenant=b"", now_ms=0, num_threads=2)
+    shared = SharedRead(plain, engine.reader.seed, 2)
+    shared.add(part)
+    # The thread can begin only while this one waits.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(shared.work)
+        shared.let_another_begin()
+        assert shared._has_begun
+        shared.end()
+        reading.result()
+    assert shared.close() == (NUM, NUM * PAYLOAD_BYTES)
+    # Nobody begins here.
+    monkeypatch.setattr(shared_read, "_BEGINS_S", 0.001)
+    SharedRead(plain, engine.reader.seed, 2).let_another_begin()
+
+
+def test_the_last_runs_are_short_and_no_block_is_left_out() -> None:
+    num, nbytes = 200, 449824
+    offsets = np.arange(num) * (RECORD_HEADER_BYTES + nbytes)
+    segments = np.repeat([1, 2], num // 2)
+    runs = list(plain_reads._runs(plain_reads.Places(segments, offsets, np.full(num, nbytes)), 2))
+    assert [at for run in runs for at in range(run.first, run.end)] == list(range(num))
+    assert {(run.segment, segments[run.first], segments[run.end - 1]) for run in runs} == {(1, 1, 1), (2, 2, 2)}
+    sizes = [run.end - run.first for run in runs]
+    assert sizes[0] == 9
+    assert sizes[-4:-1] == [2, 2, 2]
+    assert sorted(sizes[-9:], reverse=True) == sizes[-9:]
+
+
 def test_buffers_that_are_not_aligned_are_filled_without_machine_code(
     open_engine: OpenEngine, of: Prompt, reads: CheckedReads
 ) -> None:
@@ -233,7 +272,7 @@ def test_buffers_that_are_not_aligned_are_filled_without_machine_code(
     engine.put(of.blocks())
     heads = bytearray(NUM * RECORD_HEADER_BYTES)
     sizes = np.full(NUM, PAYLOAD_BYTES)
-    assert rows_of(np.arange(NUM), sizes, into, heads, np.arange(NUM), bytearray(NUM * DIGEST_BYTES)) is None
+    assert rows_of(np.arange(NUM), sizes, into, heads, np.arange(NUM), bytearray(NUM * SUMS_BYTES)) is None
     assert engine.reader.read_blocks(of.hashes, into, fingerprint=FINGERPRINT).num_good == NUM
     assert is_read(of, into)
 

@@ -8,11 +8,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from antefix.record import Record, RecordKind
 from antefix.store_files import plain_reads
 from antefix.store_files.plain_reads import PlainReads
+from antefix.store_files.record_format import IndexEntry, short_fields, short_places
 from antefix.store_files.seal import Seals
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader
 from antefix_kvstore.storage_engine import StorageEngine
@@ -154,3 +156,10 @@ def test_a_segment_that_is_gone_or_short_is_a_miss(
     path.unlink()
     engine.reader.runs.files.close()
     assert both_ways(monkeypatch, engine.reader, of)[0].num_good == 0
+
+
+def test_the_places_of_short_entries_are_their_fields() -> None:
+    words = np.random.default_rng(3).integers(0, 1 << 64, (6, 50), dtype=np.uint64)
+    fields = dict(zip((each.name for each in dataclasses.fields(IndexEntry)), short_fields(*words), strict=False))
+    for name, column in zip(plain_reads._NEEDED, short_places(*words[:5]), strict=True):
+        assert np.array_equal(column, fields[name]), name
