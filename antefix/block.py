@@ -150,6 +150,10 @@ class Fingerprint:
         return Labels(family=self.family.code, hash_kind=self.hash_kind, num_cards=self.num_cards)
 
 
+# A statement of this version has half a kilobyte, and a namespace in it may be long.
+STATEMENT_BYTES_MAX: Final = 1 << 14
+
+
 def digest_of(statement: bytes) -> bytes:
     """The digest of a fingerprint, computed from its statement (the text with all its fields)."""
     return hashlib.blake2b(statement, digest_size=HASH_BYTES, person=b"antefix-name-v2").digest()
@@ -164,6 +168,14 @@ def fields_of(statement: bytes) -> dict[str, Any]:
     except InvalidRequest:
         return {}
     return fields if isinstance(fields, dict) else {}
+
+
+def is_statement(statement: bytes) -> bool:
+    """Whether this may be a fingerprint's statement, of this version or another: an object of JSON whose fields are
+    texts and numbers.
+    """
+    fields = fields_of(statement) if len(statement) <= STATEMENT_BYTES_MAX else {}
+    return bool(fields) and all(type(value) in (str, int, float, bool) for value in fields.values())
 
 
 def hash_kind_of(statement: bytes) -> HashKind | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from antefix.block import is_statement
 from antefix.errors import ConfigError
 from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
@@ -95,7 +96,8 @@ class DirectoryTarget:
         return await self._store.purge(owner)
 
     async def register_layout(self, layout: LayoutOf) -> None:
-        self._store.engine.register(layout.fingerprint, layout.block_tokens, layout.plans, statement=layout.statement)
+        statement = _statement_of(layout)
+        self._store.engine.register(layout.fingerprint, layout.block_tokens, layout.plans, statement=statement)
 
     async def stats(self) -> StoreTotals:
         return await self._store.stats()
@@ -123,12 +125,16 @@ class ServiceTarget:
         return await self._store.purge(owner)
 
     async def register_layout(self, layout: LayoutOf) -> None:
-        await self._store.register_plans(
-            layout.fingerprint, layout.block_tokens, layout.plans, statement=layout.statement
-        )
+        statement = _statement_of(layout)
+        await self._store.register_plans(layout.fingerprint, layout.block_tokens, layout.plans, statement=statement)
 
     async def stats(self) -> StoreTotals:
         return await self._store.stats()
 
     async def close(self) -> None:
         await self._store.close()
+
+
+def _statement_of(layout: LayoutOf) -> bytes:
+    """Earlier versions registered anything as a statement. A copy leaves out what is none, because it is refused now."""
+    return layout.statement if is_statement(layout.statement) else b""

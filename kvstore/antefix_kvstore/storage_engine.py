@@ -20,7 +20,7 @@ from typing import Final
 
 import lmdb
 
-from antefix.block import digest_of
+from antefix.block import STATEMENT_BYTES_MAX, digest_of, is_statement
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
@@ -314,12 +314,17 @@ class StorageEngine:
         """Register what a fingerprint means: tokens per block, how payloads may be compressed, a statement of its
         origin.
 
-        Raises:  InvalidRequest: the statement belongs to another fingerprint.  FingerprintMismatch: the block size is
-        known already, and is another.
+        Raises:  InvalidRequest: the statement belongs to another fingerprint, or is none.  FingerprintMismatch: the
+        block size is known already, and is another.
         """
         if statement and digest_of(statement) != fingerprint:
             raise InvalidRequest(
                 "the statement of the worker's settings does not match the fingerprint, which must be its digest"
+            )
+        if statement and not is_statement(statement):
+            raise InvalidRequest(
+                f"the statement of the worker's settings must be an object of JSON with texts and numbers, of at most"
+                f" {STATEMENT_BYTES_MAX:,} bytes; nothing was registered"
             )
         with self._lock:
             with IndexTxn(self.index) as txn:

@@ -165,6 +165,20 @@ def test_a_dead_letter_that_a_crash_cut_off_takes_no_other_with_it(system, ledge
     assert path.read_bytes().startswith(whole[:num_left] + b"\n{")
 
 
+def test_many_dead_letters_are_not_read_again_for_each_one(system, ledger, monkeypatch):
+    write(ledger, range(5, 300))
+    pusher = pusher_of("webhook", system, ledger, unmapped="dead_letter")
+    reads, read = [], Pusher._read_dead
+    monkeypatch.setattr(Pusher, "_read_dead", lambda self: reads.append(1) or read(self))
+    assert pusher.push() and len(reads) <= 2
+    assert pusher.num_dead == 300
+    # A letter that somebody removed is written again, and one that is there is not.
+    path = ledger.parent / "state" / "webhook.dead"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    pusher.cursors.clear()
+    assert pusher.push() and pusher.num_dead == 300
+
+
 def test_a_tenant_without_a_customer_waits_as_a_dead_letter_or_is_skipped(system, ledger):
     pusher = pusher_of("webhook", system, ledger, unmapped="dead_letter")
     assert pusher.push() and (pusher.num_dead, len(system.taken)) == (5, 0)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from antefix.block import differing_fields, digest_of, hash_kind_of
-from antefix.errors import ConfigError
+from antefix.errors import ConfigError, InvalidRequest
 from antefix.record import RecordKind
 from antefix_kvstore import check_store as fsck
 from antefix_kvstore import describe_store as inspect
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.registration import register_fingerprint
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
@@ -220,13 +221,17 @@ def test_what_fits_no_segment_is_copied_in_parts(open_engine: OpenEngine, tmp_pa
     assert fsck.fsck(tmp_path / "store").sound
 
 
-@pytest.mark.parametrize("statement", [b"junk", b"[1]", b"5", b"\xff", b"[" * 9999])
+@pytest.mark.parametrize("statement", [b"junk", b"[1]", b"5", b"\xff", b"[" * 9999, b"{}"])
 def test_a_store_with_statements_of_nobody_is_described(
     open_engine: OpenEngine, tmp_path: Path, statement: bytes
 ) -> None:
     engine = open_engine()
     digest = digest_of(statement)
-    engine.register(digest, BLOCK, {}, statement=statement)
+    with pytest.raises(InvalidRequest, match="nothing was registered"):
+        engine.register(digest, BLOCK, {}, statement=statement)
+    with IndexTxn(engine.index) as txn:
+        assert txn.fingerprint(digest) is None
+        register_fingerprint(txn, digest, BLOCK, {}, statement)  # as earlier versions did
     engine.put([dataclasses.replace(record, fingerprint=digest) for record in Prompt([1] * BLOCK * 3).blocks()])
     engine.close()
     (holding,) = inspect.inspect(tmp_path / "store").holdings

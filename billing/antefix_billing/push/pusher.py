@@ -119,6 +119,10 @@ class _DeadFile:
         return "".join(line + "\n" for line in [*self.damaged, *(each.to_json() for each in self.letters)]) + self.torn
 
 
+# Inode, size and time of the last change.
+FileState = tuple[int, int, int]
+
+
 class Pusher:
     """Sends the entries of any number of ledgers to one receiver of usage. Only one process at a time may use the state
     directory.
@@ -142,6 +146,10 @@ class Pusher:
         self._dead_path = state / f"{config.name}.dead"
         self._sleep = sleep
         self._num_damaged_told = 0
+        # The entries with a dead letter, and the state of the file that they were read from: without this, each of many
+        # letters would read all letters before it.
+        self._buried: set[tuple[str, int]] = set()
+        self._buried_at: FileState | None = None
         self.cursors = read_cursors(self._path)
 
     def backlog(self) -> int:
@@ -252,11 +260,16 @@ class Pusher:
                 wait_s = min(_WAIT_MAX_S, 2 * wait_s)
 
     def _bury(self, source: str, sequence: int, why: str) -> None:
-        found = self._read_dead()
-        if any((letter.ledger, letter.sequence) == (source, sequence) for letter in found.letters):
-            return
         line = DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n"
-        self._end_torn(found, line)
+        if self._buried_at is None or self._buried_at != _state_of(self._dead_path):
+            # Another run, or an operator, may have changed the file.
+            found = self._read_dead()
+            self._buried = {(letter.ledger, letter.sequence) for letter in found.letters}
+            if (source, sequence) not in self._buried:
+                self._end_torn(found, line)
+        if (source, sequence) in self._buried:
+            self._buried_at = _state_of(self._dead_path)
+            return
         self.counters.dead += 1
         log.error(
             "the receiver %s refused entry %d of ledger %s, so it was set aside: %s",
@@ -269,6 +282,8 @@ class Pusher:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._buried.add((source, sequence))
+        self._buried_at = _state_of(self._dead_path)
 
     def _end_torn(self, found: _DeadFile, line: str) -> None:
         """Make the file end with a whole line, so that the next one begins a line of its own."""
@@ -294,6 +309,15 @@ class Pusher:
             )  # fmt: skip
         self._num_damaged_told = len(found.damaged)
         return found
+
+
+def _state_of(path: Path) -> FileState | None:
+    """What changes when a file is written. None: there is no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _batches(items: Iterator[Settled | Adjusted], number: int) -> Iterator[list[Settled | Adjusted]]:
