@@ -136,5 +136,5 @@ class ServiceTarget:
 
 
 def _statement_of(layout: LayoutOf) -> bytes:
-    """Earlier versions registered anything as a statement. A copy leaves out what is none, because it is refused now."""
+    """Earlier versions registered anything as a statement. A copy leaves out what is none, since it is refused now."""
     return layout.statement if is_statement(layout.statement) else b""
