@@ -209,9 +209,12 @@ class Generator:
         ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first, located=prefilled.located)
         # 3. Decode.
         outputs = [self._run_sample(generation, index, ready, timeout_s) for index in range(request.num_samples)]
-        async with contextlib.aclosing(merged(outputs) if len(outputs) > 1 else outputs[0]) as pieces:
-            async for piece in pieces:
-                yield piece
+        with contextlib.ExitStack() as until_first:
+            until_first.enter_context(self._prefilling.left_to_decode(prefilled))
+            async with contextlib.aclosing(merged(outputs) if len(outputs) > 1 else outputs[0]) as pieces:
+                async for piece in pieces:
+                    until_first.close()
+                    yield piece
 
     async def _run_sample(
         self, generation: Generation, index: int, ready: _Ready, timeout_s: float

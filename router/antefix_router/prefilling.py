@@ -8,9 +8,10 @@ deadline. When a leader ends in any way, its followers wake up and one of them b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from antefix.clients import Prefilled
@@ -89,6 +90,8 @@ class Prefilling:
         self._num_decoding = num_decoding
         self._patience = Patience()
         self._in_flight: InFlight[Flight] = InFlight()
+        # The tokens of prompts that were left to decode and have no first token yet.
+        self._num_left_tokens = 0
         self._calls = PrefillCalls(workers, directory, self._sessions, limits, self.counters, budget or HedgeBudget())
 
     async def run(self, request: GenerationRequest, prompt: NamedPrompt, *, timeout_s: float) -> Ready:
@@ -135,6 +138,16 @@ class Prefilling:
         answer = await self._lead(order, work, num_stored or 0, soon)
         return Ready(work=work, answer=answer, located=_located_now(stored.located, answer, prompt))
 
+    @contextlib.contextmanager
+    def left_to_decode(self, ready: Ready) -> Iterator[None]:
+        """Hold this from `run` until the first token, because prompts that decode computes make others wait there."""
+        rest = 0 if ready.answer is not None else ready.work.num_tokens - (ready.work.stored_tokens or 0)
+        self._num_left_tokens += rest
+        try:
+            yield
+        finally:
+            self._num_left_tokens -= rest
+
     @property
     def tokens_per_s(self) -> float:
         """The measured speed of one prefill worker, on average."""
@@ -161,8 +174,9 @@ class Prefilling:
     def _goes_straight(self, work: Work) -> bool:
         """Whether decode should compute the uncached tokens itself, compared with a call to a prefill worker.
 
-        Prefill on a decode worker delays the running sequences, so its time counts once for each of them. A call to a
-        prefill worker costs the measured overhead of calls, plus the waiting work at the worker that has least.
+        Prefill on a decode worker delays the running sequences, so its time counts once for each of them, and it waits
+        for other prompts that were left to decode. A call to a prefill worker costs the measured overhead of calls,
+        plus the waiting work at the worker that has least.
         """
         rest = work.num_tokens - (work.stored_tokens or 0)
         if self._limits.prefill_tokens_min >= 0:
@@ -171,8 +185,10 @@ class Prefilling:
             return False
         rate, now = self._calls.tokens_per_s(), time.monotonic()
         waiting = min((worker.backlog.pending_tokens(now) for worker in self._workers.workers), default=0.0)
-        here_s = rest / rate * (1 + self._num_decoding())
-        return here_s <= self.counters.overhead_s + (waiting + rest) / rate
+        num_decoding = self._num_decoding()
+        # Layers of a prompt's chunk take turns with decode steps, so a prompt gets half of a worker that decodes.
+        own = (self._num_left_tokens + rest) * (2 if num_decoding else 1)
+        return own + rest * num_decoding <= self.counters.overhead_s * rate + waiting + rest
 
     async def _lead(self, order: Order, work: Work, num_stored: int, soon: tuple[str, int] | None) -> Prefilled | None:
         flight = Flight(until=time.monotonic() + work.num_tokens / self._calls.tokens_per_s())

@@ -59,6 +59,9 @@ class NoPrefill:
 
     tokens_per_s = 1000.0
 
+    def left_to_decode(self, ready):
+        return contextlib.nullcontext()
+
     async def run(self, request, prompt, *, timeout_s):
         return Ready(answer=None, work=Work(num_tokens=len(request.tokens), stored_tokens=0, affinity=0))
 

@@ -109,6 +109,28 @@ def test_a_backlog_counts_what_the_worker_has_done_of_the_first_request():
     assert backlog.pending_tokens(1000.0) == 500
 
 
+def test_prompts_that_end_together_do_not_make_a_worker_look_faster_than_it_is():
+    backlog, now = Backlog(), 0.0
+    waiting = [backlog.add(256, now) for _ in range(8)]
+    for number in range(200):
+        now += 0.25
+        # Two rests in one call, which need not be the ones that were placed first, and end 0.1 ms apart.
+        for ticket in (waiting.pop(number % 3), waiting.pop(0)):
+            backlog.remove(ticket, now, done=True)
+            now += 0.0001
+            waiting.append(backlog.add(256, now))
+    assert backlog.tokens_per_s == pytest.approx(2 * 256 / 0.2502, rel=0.1)
+
+
+def test_a_worker_that_hung_once_is_not_slow_for_ever_after():
+    backlog = Backlog()
+    for number in range(40):
+        start = 100.0 * number
+        backlog.remove(backlog.add(1000, start), start + (60.0 if number == 20 else 1.0), done=True)
+        assert backlog.tokens_per_s >= 850
+    assert backlog.tokens_per_s == pytest.approx(1000, rel=0.1)
+
+
 @given(length=st.integers(0, 40), known=st.lists(st.integers(0, 40), min_size=1, max_size=5))
 def test_the_directory_finds_each_workers_longest_known_prefix(length, known):
     directory, chain = Directory(), [key(i) for i in range(length)]

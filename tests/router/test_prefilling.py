@@ -4,6 +4,7 @@ A queue that is too long refuses.
 """
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import Limits
-from antefix_router.prefilling import Prefilling
+from antefix_router.prefilling import Prefilling, Ready
 from tests.waiting import AT_MOST_S
 
 FINGERPRINT = b"f" * 32
@@ -272,6 +273,29 @@ async def test_measured_speeds_decide_what_a_short_rest_is():
         assert prefilling._goes_straight(NAMES.prompt("t", longer).work(100)) is straight
     prefilling.counters.overhead_s = 0.0
     assert not prefilling._goes_straight(NAMES.prompt("t", longer).work(100))
+
+
+async def test_prompts_that_wait_on_a_decode_worker_keep_further_ones_from_it():
+    prefilling, workers, (client,), _ = build(prefill_tokens_min=-1)
+    client.gate.set()
+    await start(prefilling, "first")
+    workers.workers[0].backlog.tokens_per_s, prefilling.counters.overhead_s = 1000.0, 0.3
+    work = NAMES.prompt("t", np.append(TOKENS, np.arange(100)).astype(np.uint32)).work(100)
+    with contextlib.ExitStack() as left:
+        for number in range(3):
+            # 103 tokens are 0.1 s, and each one waits for those before it.
+            assert prefilling._goes_straight(work), number
+            left.enter_context(prefilling.left_to_decode(Ready(work=work, answer=None)))
+        assert not prefilling._goes_straight(work)
+        # A prompt that a prefill worker has computed waits for nothing there.
+        with prefilling.left_to_decode(Ready(work=work, answer=Prefilled(handoff=b"", restore=RestoreReport()))):
+            prefilling.counters.overhead_s = 0.4
+            assert prefilling._goes_straight(work)
+    prefilling.counters.overhead_s = 0.3
+    assert prefilling._goes_straight(work)
+    # Half of a worker that decodes belongs to its steps: own wait 0.2 s, and 0.1 s for the other one.
+    prefilling._num_decoding, prefilling.counters.overhead_s = (lambda: 1), 0.19
+    assert not prefilling._goes_straight(work)
 
 
 @pytest.mark.parametrize("error", [StepFailed("a step failed"), NotFinite("NaN"), InternalError("a bug")])
