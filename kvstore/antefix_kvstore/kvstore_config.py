@@ -23,8 +23,9 @@ from antefix_kvstore.object_config import ObjectUploadConfig, check_object_uploa
 
 MIB = 1 << 20
 GIB = 1 << 30
-# Segments are small enough that dropping one frees only a small part of the budget.
-SEGMENTS_PER_BUDGET = 32
+# Segments are small enough that dropping one frees only a small part of the budget. The smaller they are, the more
+# often a whole segment is dead and nothing is copied (docs/results/store.md, "Eviction and compaction").
+SEGMENTS_PER_BUDGET = 64
 BUDGET_BYTES_MIN = MIB
 
 
@@ -42,7 +43,7 @@ class KvStoreConfig(ObjectUploadConfig):
         0, "bytes to leave free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
     )
     segment_bytes: int = setting(
-        0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
+        0, "size at which a segment is closed; 0 means budget / 64, at most 256 MiB", unit="bytes"
     )
     tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
     quotas: tuple[str, ...] = setting(

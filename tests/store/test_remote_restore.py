@@ -36,7 +36,13 @@ PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 
 @pytest.fixture
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
-    config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="zstd", scrub_bytes_per_s=0)
+    config = KvStoreConfig(
+        dir=str(tmp_path / "store"),
+        budget_bytes=512 * MIB,
+        segment_bytes=16 * MIB,
+        compression="zstd",
+        scrub_bytes_per_s=0,
+    )
     served = KvStoreServicer(StorageEngine(config))
     server = await rpc.start_server(
         "127.0.0.1:0", lambda target: register(served, target, served.turns), [kvstore_pb2.DESCRIPTOR]
