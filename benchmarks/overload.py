@@ -24,6 +24,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,12 @@ async def idle(door: Door, args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """Long streams, of which clients read only every second one, and requests at the same time."""
+    """Long streams, of which clients read only every second one, and requests at the same time. A refused stream is
+    asked for again after the time that the server said.
+    """
     without = await door.in_turn(args.seconds)
-    streams = [asyncio.create_task(stream(door, sleeps=bool(number % 2))) for number in range(args.streams)]
+    seen: Counter[str] = Counter()
+    streams = [asyncio.create_task(stream(door, seen, sleeps=bool(number % 2))) for number in range(args.streams)]
     await asyncio.sleep(2.0)
     beside = await door.in_turn(args.seconds)
     num_ended = sum(task.done() for task in streams)
@@ -189,20 +193,30 @@ async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
         task.cancel()
     ended = await asyncio.gather(*streams, return_exceptions=True)
     failed = sum(isinstance(each, Exception) and not isinstance(each, asyncio.CancelledError) for each in ended)
-    return {"streams": len(streams), "ended_meanwhile": num_ended, "failed": failed, **compared(without, beside)}
+    counts = {"begun": seen["begun"], "refusals": seen["refusals"], "ended_meanwhile": num_ended, "failed": failed}
+    return {"streams": len(streams), **counts, **compared(without, beside)}
 
 
-async def stream(door: Door, *, sleeps: bool) -> int:
+async def stream(door: Door, seen: Counter[str], *, sleeps: bool) -> None:
+    """Read one stream to its end; if it sleeps, only the first line. seen: counts streams with a line, and refusals."""
     body = {"model": "antefix-tiny", "prompt": TEXT[:300], "max_tokens": 4000, "stream": True, "ignore_eos": True}
-    num = 0
-    async with door.client.stream(
-        "POST", "/v1/completions", json=body, headers=key_of("greedy"), timeout=None
-    ) as answer:
-        async for _ in answer.aiter_lines():
-            num += 1
-            if sleeps:
-                await asyncio.sleep(3600)
-    return num
+    while True:
+        async with door.client.stream(
+            "POST", "/v1/completions", json=body, headers=key_of("greedy"), timeout=None
+        ) as answer:
+            if answer.status_code == 429:
+                seen["refusals"] += 1
+                retry_s = float(answer.headers["retry-after"])
+            else:
+                answer.raise_for_status()
+                num = 0
+                async for line in answer.aiter_lines():
+                    num += line.startswith("data:")
+                    seen["begun"] += num == 1 and line.startswith("data:")
+                    if sleeps and num:
+                        await asyncio.sleep(3600)
+                return
+        await asyncio.sleep(retry_s)
 
 
 async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import resource
+import time
 
 import grpc
 import pytest
@@ -61,6 +62,18 @@ async def test_an_error_in_a_stream_comes_after_what_was_sent():
             texts.append(message.text)
     assert texts == ["first"]
     assert caught.value.retry_after_s == 1.5
+    await server.drain(0)
+
+
+async def test_a_refusal_is_held_back_for_the_time_that_it_says():
+    refusal = errors.Overloaded("full", retry_after_s=1.5)
+    refusal.hold_s = 0.25
+    server = await start(refusal)
+    stub = router_pb2_grpc.RouterServiceStub(rpc.channel(server.address))
+    begun = time.monotonic()
+    with pytest.raises(errors.Overloaded), rpc.rpc_errors():
+        await stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=AT_MOST_S)
+    assert time.monotonic() - begun >= 0.25
     await server.drain(0)
 
 
