@@ -141,7 +141,8 @@ class _Ready:
     """A prompt that is ready for its outputs.  first: set once the prompt's KV is stored or held where all outputs can
     use it.
 
-    located: which of several stores holds which blocks.
+    located: which of several stores holds which blocks.  has_failed: a prefill worker that answers could not compute
+    the prompt.
     """
 
     prompt: NamedPrompt
@@ -149,6 +150,7 @@ class _Ready:
     handoff: bytes
     first: asyncio.Event
     located: Located | None = None
+    has_failed: bool = False
 
 
 class Generator:
@@ -206,7 +208,14 @@ class Generator:
         if prefilled.answer is not None:
             handoff, generation.restore = prefilled.answer.handoff, prefilled.answer.restore
             first.set()
-        ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first, located=prefilled.located)
+        ready = _Ready(
+            prompt=prompt,
+            work=prefilled.work,
+            handoff=handoff,
+            first=first,
+            located=prefilled.located,
+            has_failed=prefilled.has_failed,
+        )
         # 3. Decode.
         outputs = [self._run_sample(generation, index, ready, timeout_s) for index in range(request.num_samples)]
         with contextlib.ExitStack() as until_first:
@@ -224,7 +233,7 @@ class Generator:
             # If the decode worker prefills, the first output does it, and the others use the blocks that it leaves.
             await ready.first.wait()
         sample, handoff = generation.samples[index], ready.handoff
-        moves, ends = Moves(self._decode), time.monotonic() + timeout_s
+        moves, ends = Moves(self._decode, has_failed=ready.has_failed), time.monotonic() + timeout_s
         while not sample.finish_reason:
             try:
                 async with contextlib.aclosing(

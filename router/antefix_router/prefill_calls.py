@@ -87,18 +87,19 @@ class Order:
 @dataclass(slots=True, eq=False)
 class Flight:
     """The prefill of a leading request. until: when it should be done, by the router's clock. address: the worker that
-    computes it.
+    computes it.  has_failed: a worker that answers could not compute the prompt.
     """
 
     until: float
     address: str = ""
+    has_failed: bool = False
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
     """One prompt and the calls for it. calls: the running calls, the first one first. predicted_s: the prediction for
-    the latest call. has_failed: a worker that answers could not compute the prompt.
+    the latest call.
     """
 
     order: Order
@@ -109,7 +110,6 @@ class _Attempt:
     calls: dict[asyncio.Task[Prefilled], Worker] = field(default_factory=dict)
     predicted_s: float = 0.0
     has_hedged: bool = False
-    has_failed: bool = False
 
     @property
     def late_s(self) -> float | None:
@@ -223,9 +223,9 @@ class PrefillCalls:
             log.warning("request %s: prefill worker %s failed: %s", request.request_id, worker.address, err)
             self._directory.forget(worker.address)
             if isinstance(err, FAILED_STEPS):
-                if attempt.has_failed and not attempt.calls:
+                if attempt.flight.has_failed and not attempt.calls:
                     raise
-                attempt.has_failed = True
+                attempt.flight.has_failed = True
             return None
         except Overloaded:
             if not attempt.calls and not self._workers.has_another(attempt.tried):

@@ -44,12 +44,14 @@ _STRAIGHT_TOKENS_MAX = 1024
 class Ready:
     """A prompt on which decode may start. answer: what prefill returned; None if decode must prefill the prompt.
 
-    located: which of several stores probably holds which of its blocks now.
+    located: which of several stores probably holds which of its blocks now.  has_failed: a worker that answers could
+    not compute the prompt, so one more worker may try it, and no third one.
     """
 
     work: Work
     answer: Prefilled | None
     located: Located | None = None
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +137,9 @@ class Prefilling:
         # request did not have to wait for that leader before.
         soon = (found[0].address, found[1]) if found and patience is None else None
         order = replace(order, located=stored.located)
-        answer = await self._lead(order, work, num_stored or 0, soon)
-        return Ready(work=work, answer=answer, located=_located_now(stored.located, answer, prompt))
+        answer, has_failed = await self._lead(order, work, num_stored or 0, soon)
+        located = _located_now(stored.located, answer, prompt)
+        return Ready(work=work, answer=answer, located=located, has_failed=has_failed and answer is None)
 
     @contextlib.contextmanager
     def left_to_decode(self, ready: Ready) -> Iterator[None]:
@@ -190,12 +193,15 @@ class Prefilling:
         own = (self._num_left_tokens + rest) * (2 if num_decoding else 1)
         return own + rest * num_decoding <= self.counters.overhead_s * rate + waiting + rest
 
-    async def _lead(self, order: Order, work: Work, num_stored: int, soon: tuple[str, int] | None) -> Prefilled | None:
+    async def _lead(
+        self, order: Order, work: Work, num_stored: int, soon: tuple[str, int] | None
+    ) -> tuple[Prefilled | None, bool]:
+        """The answer of a prefill worker, and whether one that answers could not compute the prompt."""
         flight = Flight(until=time.monotonic() + work.num_tokens / self._calls.tokens_per_s())
         claimed = self._in_flight.lead(flight, order.prompt.keys, num_stored)
         self.counters.num_led += 1
         try:
-            return await self._calls.run(order, work, flight, soon)
+            return await self._calls.run(order, work, flight, soon), flight.has_failed
         finally:
             self._in_flight.end(claimed)
             flight.done.set()

@@ -308,6 +308,22 @@ async def test_nobody_waits_for_workers_that_answer_and_fail(fleet, two, status)
     assert [len(worker.requests) for worker in two] == [1, 1]
 
 
+@pytest.mark.parametrize(("fails", "stream"), [("status", False), ("status", True), ("nan", False), ("event", True)])
+async def test_a_request_that_workers_cannot_run_is_tried_on_two(fleet, monkeypatch, fails, stream):
+    """It may make every worker fail, whether they say so or answer with what is no number."""
+    workers = [Standin() for _ in range(4)]
+    door = await fleet(*workers)
+    for worker in workers:
+        if fails == "status":
+            worker.status = 500
+        elif fails == "event":
+            worker.fails_after = 0
+        else:
+            monkeypatch.setattr("antefix_router.fleet.openai_door.path_of_no_number", lambda answer: "usage.odd")
+    await door.chat("x", stream=stream, expect=503)
+    assert sorted(len(worker.requests) for worker in workers) == [0, 0, 1, 1]
+
+
 async def test_with_no_worker_left_the_client_is_told(fleet, two, monkeypatch):
     monkeypatch.setattr("antefix_router.placement.moves.LAST_PATIENCE_S", 0.3)
     door = await fleet(*two)

@@ -59,11 +59,15 @@ class NoPrefill:
 
     tokens_per_s = 1000.0
 
+    def __init__(self, *, has_failed=False):
+        self.has_failed = has_failed
+
     def left_to_decode(self, ready):
         return contextlib.nullcontext()
 
     async def run(self, request, prompt, *, timeout_s):
-        return Ready(answer=None, work=Work(num_tokens=len(request.tokens), stored_tokens=0, affinity=0))
+        work = Work(num_tokens=len(request.tokens), stored_tokens=0, affinity=0)
+        return Ready(answer=None, work=work, has_failed=self.has_failed)
 
 
 class NoPins:
@@ -84,7 +88,7 @@ def simulate(make):
 
 
 @contextlib.asynccontextmanager
-async def deployment(*peers):
+async def deployment(*peers, prefill_failed=False):
     """Workers with pulses, and a function that runs a request of 8 tokens and returns the tokens and the time."""
     clock = asyncio.get_running_loop().time
     workers = Workers(WorkerRole.DECODE, make_policy("least_work"))
@@ -94,7 +98,7 @@ async def deployment(*peers):
         worker.pulse.start()
         workers.add(worker)
     names = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"secret of a test"), block_size=64)
-    generator = Generator(NoPrefill(), workers, names, Directory(), NoPins(), Sessions())
+    generator = Generator(NoPrefill(has_failed=prefill_failed), workers, names, Directory(), NoPins(), Sessions())
 
     async def run(timeout_s=600.0):
         begun, found = clock(), []
@@ -116,9 +120,9 @@ async def deployment(*peers):
     assert all(worker.num_requests == 0 for worker in workers.workers)
 
 
-def asked(*peers, timeout_s=600.0, after_s=0.0):
+def asked(*peers, timeout_s=600.0, after_s=0.0, prefill_failed=False):
     async def one():
-        async with deployment(*peers) as (_, run):
+        async with deployment(*peers, prefill_failed=prefill_failed) as (_, run):
             await asyncio.sleep(after_s)
             return await run(timeout_s)
 
@@ -167,6 +171,16 @@ def test_a_request_whose_steps_fail_is_tried_on_one_other_worker(error):
     peers = [Peer(error=Unavailable("its store is down")) for _ in range(4)]
     asked(*peers)
     assert sum(peer.num_calls for peer in peers) == 3
+
+
+@pytest.mark.parametrize("error", [StepFailed("a step failed"), NotFinite("NaN"), InternalError("a bug")])
+def test_a_request_whose_prefill_failed_is_tried_on_one_decode_worker(error):
+    peers = [Peer(error=error) for _ in range(3)]
+    kind, _ = asked(*peers, prefill_failed=True)
+    assert kind is type(error) and sum(peer.num_calls for peer in peers) == 1
+    assert asked(Peer(), prefill_failed=True)[0] == list(range(8))
+    # A worker that dies is another matter.
+    assert asked(Peer(error=Unavailable("killed")), Peer(), prefill_failed=True)[0] == list(range(8))
 
 
 def test_a_worker_that_comes_and_goes_is_not_tried_for_ever():

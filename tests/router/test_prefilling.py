@@ -312,5 +312,6 @@ async def test_a_prompt_whose_steps_fail_is_tried_on_one_other_worker(error):
     prefilling, workers, (client,), _ = build()
     client.failures = [error]
     client.gate.set()
-    assert (await start(prefilling, "r")).answer is None
+    ready = await start(prefilling, "r")
+    assert ready.answer is None and ready.has_failed
     assert_idle(prefilling, workers)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import httpx
 
 from antefix.checked_files import parse_json
-from antefix.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from antefix.errors import DeadlineExceeded, InvalidRequest, NotFinite, Overloaded, StepFailed, Unavailable
 from antefix.whole_number import whole_number
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.gateway.http_errors import PassedError
@@ -104,7 +104,7 @@ class OpenAIDoor:
         answer = await self._json("POST", path, body, timeout_s)
         if (where := path_of_no_number(answer)) is not None:
             # The answer could not be passed to the client, since JSON has neither NaN nor infinity.
-            raise Unavailable(f"{self.place.address} answered with a number that is not finite: {where}")
+            raise NotFinite(f"{self.place.address} answered with a number that is not finite: {where}")
         return answer
 
     async def events(self, path: str, body: dict[str, Any], timeout_s: float) -> AsyncGenerator[str, None]:
@@ -162,6 +162,8 @@ class OpenAIDoor:
         if status in (429, 503):
             retry = whole_number(response.headers.get("retry-after"), _RETRY_AFTER_S_MAX)
             raise Overloaded(who, retry_after_s=1.0 if retry is None else float(retry))
+        if status == 500:
+            raise StepFailed(who)
         if status >= 500 or status in (401, 403):
             # If a worker refuses our credentials, our client cannot mend that.
             raise Unavailable(who)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from antefix.clients import Tokens
-from antefix.errors import Unavailable
+from antefix.errors import StepFailed
 from antefix.miss_reason import MissReason
 from antefix.usage import Evidence, Usage
 from antefix_router.generation import Generation
@@ -169,7 +169,7 @@ class PassedGeneration(Generation):
         if not isinstance(piece, dict):
             return data
         if isinstance(error := piece.get("error"), dict):
-            raise Unavailable(f"{self.worker} broke off: {error.get('message', error)}"[:500])
+            raise StepFailed(f"{self.worker} broke off: {error.get('message', error)}"[:500])
         choices = piece.get("choices")
         is_last = choices == []
         self.reported = Reported.read(piece.get("usage"), is_whole=is_last) or self.reported

@@ -30,8 +30,12 @@ _NUM_NOTICED: Final = 2
 class Moves:
     """The moves of one output between workers. tried: the addresses that must not get the output again."""
 
-    def __init__(self, workers: Workers, fits: Callable[[Worker], bool] = lambda worker: True) -> None:
-        """fits: decides whether the output may go to this worker at all."""
+    def __init__(
+        self, workers: Workers, fits: Callable[[Worker], bool] = lambda worker: True, *, has_failed: bool = False
+    ) -> None:
+        """fits: decides whether the output may go to this worker at all.  has_failed: a worker that answers could not
+        run the request already, so a second one that cannot either is the last.
+        """
         self.tried: set[str] = set()
         self._workers = workers
         self._fits = fits
@@ -39,7 +43,7 @@ class Moves:
         self._had: dict[str, tuple[Worker, int]] = {}
         self._waits_until: float | None = None
         self._num_back = 0
-        self._has_failed = False
+        self._has_failed = has_failed
 
     def note(self, worker: Worker) -> None:
         """Record that this worker now has the output."""
