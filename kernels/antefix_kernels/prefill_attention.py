@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import hopper
 from antefix_kernels.finish import rotate_back, store_output
 from antefix_kernels.gather import unpack_entries
 from antefix_kernels.number_formats import check
@@ -21,6 +22,8 @@ from antefix_kernels.operands import Heads, Window, check_operands
 _TILE_PICKED = (64, 8, 3)
 _TILE_ALL = (64, 8, 2)
 _LOG2E = 1.4426950408889634
+# Programs of the kernel with roles, one per multiprocessor.
+_PROGRAMS = 132
 
 
 @triton.jit(do_not_specialize=["queries", "rows"])
@@ -94,11 +97,12 @@ def decode_sequences(
     rows, device = num_entries_max + window.shape[1], records.device
     make = torch.empty if padded == dim else torch.zeros
     values = make(sequences, rows, padded, dtype=torch.float16, device=device)
-    n = torch.arange(num_entries_max, dtype=torch.int32, device=device)
+    inside = torch.arange(per_block, dtype=torch.int32, device=device)
+    blocks = block_table[:, : triton.cdiv(num_entries_max, per_block), None]
+    slots = torch.add(inside, blocks, alpha=per_block).flatten(1)
     ring = torch.arange(window.shape[1], dtype=torch.int32, device=device)
     for s in range(sequences):
-        slots = block_table[s, (n // per_block).long()] * per_block + n % per_block
-        unpack_entries(records, slots, values[s, :num_entries_max, :dim], rope_dim)
+        unpack_entries(records, slots[s, :num_entries_max], values[s, :num_entries_max, :dim], rope_dim)
         unpack_entries(window[s : s + 1], ring, values[s, num_entries_max:, :dim], rope_dim)
     return values
 
@@ -154,8 +158,8 @@ def prefill_attention(
     if not num_queries:
         return
     head_tile = min(64, max(16, triton.next_power_of_2(num_heads)))
-    n, warps, stages = tile or (_TILE_ALL if indices is None else _TILE_PICKED)
-    _prefill_kernel[(triton.cdiv(num_heads, head_tile), num_queries)](
+    head_tiles = triton.cdiv(num_heads, head_tile)
+    arguments = (
         q,
         values,
         lens if indices is None else indices,
@@ -167,6 +171,8 @@ def prefill_attention(
         heads.sin,
         out,
         num_queries // sequences,
+    )
+    rest = (
         num_heads,
         0 if indices is None else indices.shape[1],
         values.shape[1] - ring,
@@ -175,6 +181,21 @@ def prefill_attention(
         q.stride(1),
         out.stride(0),
         out.stride(1),
+    )
+    # The kernel with roles supports V4's shapes only, takes a tile's largest score before scaling the scores, and
+    # copies 16 bytes at a time. The number of queries must not choose the kernel: a query's bits would depend on it.
+    known = tile is None and num_heads >= 32 and (fmt.head_dim, fmt.rope_dim) == (512, 64) and heads.scale > 0
+    if known and values.data_ptr() % 16 == 0 and hopper.available(q):
+        from antefix_kernels.prefill_attention_hopper import attend_kernel
+
+        items = num_queries * head_tiles
+        kind = {"WINDOW": ring, "SELECTED": indices is not None, "num_warps": 4, "enable_fp_fusion": False}
+        attend_kernel[(min(items, _PROGRAMS),)](*arguments, items, head_tiles, *rest, **kind)
+        return
+    n, warps, stages = tile or (_TILE_ALL if indices is None else _TILE_PICKED)
+    _prefill_kernel[(head_tiles, num_queries)](
+        *arguments,
+        *rest,
         WINDOW=ring,
         NOPE=fmt.nope_dim,
         ROPE=fmt.rope_dim,

@@ -25,13 +25,15 @@ from pathlib import Path
 import torch
 import triton
 
-from antefix_kernels import decode_attention_hopper, index_scores_hopper, operands
+from antefix_kernels import decode_attention_hopper, index_scores_hopper, operands, prefill_attention_hopper
 from antefix_kernels.decode_attention import sparse_attention
 from antefix_kernels.index_scores import IndexQuery, index_scores
+from antefix_kernels.prefill_attention import prefill_attention
 from tests.kernels.pretended_card import pretended_card
 
 DECODE_ATTENTION = Path(decode_attention_hopper.__file__)
 INDEX_SCORES = Path(index_scores_hopper.__file__)
+PREFILL_ATTENTION = Path(prefill_attention_hopper.__file__)
 # For each pair: the first access, the arrival after it, the wait before the second access, and that access. Each is
 # (function, text), and means the function's first source line that has the text.
 PAIRS = {
@@ -50,9 +52,12 @@ PAIRS = {
 }  # fmt: skip
 _SHARED = re.compile(r"\b(ld|st|atom|red)\.shared|\b(stmatrix|ldmatrix)\b")
 # An instruction is of the first kind whose pattern it has. Tensor cores start to read shared memory at "product", and
-# have read it at "done". At "copy" the copy engine starts to write it.
+# have read it at "done". At "copy" the copy engine starts to write it. At "piece" a thread starts to copy 16 bytes, and
+# at "copied" it arrives as soon as all that it started has been written.
 _KINDS = {
     "copy": r"\bcp\.async\.bulk",
+    "piece": r"\bcp\.async\.cg",
+    "copied": r"\bcp\.async\.mbarrier\.arrive\.noinc",
     "arrive": r"mbarrier\.arrive",
     "wait": r"mbarrier\.try_wait",
     "meet": r"\bbar\.sync\s+\d+, 128;",
@@ -183,6 +188,27 @@ def attend() -> None:
     )
 
 
+def attend_chunk(*, picks: int | None) -> None:
+    """Prefill attention of 2,048 queries in V4-Flash's shapes, to picked entries or to all."""
+    queries, heads, entries, rows = 2048, 64, 8192, 2176
+    prefill_attention(
+        _empty(queries, heads, 512, dtype=torch.float16),
+        _empty(1, entries + rows, 512, dtype=torch.float16),
+        None if picks is None else _empty(queries, picks),
+        _empty(queries),
+        operands.Window(
+            records=_empty(1, rows, 584, dtype=torch.uint8), firsts=_empty(queries), counts=_empty(queries)
+        ),
+        operands.Heads(
+            sinks=_empty(heads, dtype=torch.float32),
+            scale=1.0,
+            cos=_empty(queries, 32, dtype=torch.float32),
+            sin=_empty(queries, 32, dtype=torch.float32),
+        ),
+        _empty(queries, heads, 512, dtype=torch.bfloat16),
+    )
+
+
 def score(sequences: int, queries: int) -> None:
     """Index scores of a chunk of each sequence in V4's shapes, `queries` queries each."""
     blocks, entries = 1024, 32
@@ -203,6 +229,8 @@ def score(sequences: int, queries: int) -> None:
 # takes a 1 for a constant. Index scores of decode have no roles.
 FORMS: dict[str, tuple[Path, str, Callable[[], None]]] = {
     "decode attention": (DECODE_ATTENTION, "attend_kernel", attend),
+    "prefill attention": (PREFILL_ATTENTION, "attend_kernel", lambda: attend_chunk(picks=None)),
+    "prefill attention, picked": (PREFILL_ATTENTION, "attend_kernel", lambda: attend_chunk(picks=512)),
     "index scores": (INDEX_SCORES, "prefill_kernel", lambda: score(1, 2048)),
     "index scores, one query": (INDEX_SCORES, "prefill_kernel", lambda: score(128, 1)),
 }

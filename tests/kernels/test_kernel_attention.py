@@ -241,3 +241,33 @@ def test_more_parts_than_are_merged_at_once_or_fewer(splits, device, draw):
     out = case.out[..., : case.fmt.head_dim]
     attention.hca_attention(case.q, case.pool, case.table, case.lens, size, case.window, case.heads, out, splits=splits)
     assert case.error(case.want(torch.arange(size, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selected", [False, True])
+def test_a_query_has_the_same_bits_in_a_chunk_and_in_its_parts(selected, device, draw):
+    # On a card a chunk has more pairs of a query and 64 heads than programs run at once.
+    queries, heads = (150, 72) if device.type == "cuda" else (5, 33)
+    case = Case(draw, sequences=1, queries=queries, heads=heads, dims=(512, 64), blocks=7, entries=32, ring=160)
+    size = case.table.shape[1] * case.entries
+    case.lens[2] = size
+    values = prefill.decode_sequences(case.pool, case.table, size, case.ring, 64, 512)
+    # Entries in order: picked or not, they are the same list.
+    indices = torch.arange(size, dtype=torch.int32, device=device).repeat(queries, 1) if selected else None
+    w, h = case.window, case.heads
+    out = case.out[..., :512]
+    prefill.prefill_attention(case.q, values, indices, case.lens, w, h, out)
+    assert case.error(case.want(torch.arange(size, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
+    assert (out[0] == 0).all()
+    for part in (slice(0, 1), slice(1, 3), slice(3, queries)):
+        alone = torch.full_like(out[part], float("nan"))
+        prefill.prefill_attention(
+            case.q[part],
+            values,
+            None,
+            case.lens[part],
+            operands.Window(records=w.records, firsts=w.firsts[part], counts=w.counts[part]),
+            operands.Heads(sinks=h.sinks, scale=h.scale, cos=h.cos[part], sin=h.sin[part]),
+            alone,
+        )
+        assert torch.equal(alone, out[part])

@@ -29,6 +29,10 @@ ARRIVALS = {
     # The scorer arrives at ready and empty, and twice at done; the summer at asked and empty; each loader, whose
     # function is in another file, at full.
     "decode attention": {("_scorer", "meet"): 4, ("_summer", "meet"): 2, ("", "meet"): 2},
+    # The scorer arrives at ready, empty_left and done; the summer at asked and empty_right. Each thread of
+    # the copier arrives for itself ("copied").
+    "prefill attention": {("_scorer", "meet"): 3, ("_summer", "meet"): 2},
+    "prefill attention, picked": {("_scorer", "meet"): 3, ("_summer", "meet"): 2},
     # Each of two scorers arrives at empty. The role that brings queries has one warp, so at "warp" all its threads
     # meet. Its arrival at full says how many bytes the copy engine will write. The engine itself does not arrive: it
     # counts the bytes, and a wait for full ends after the arrival and all bytes.
@@ -88,3 +92,13 @@ def test_pairs_that_racecheck_named_are_ordered(found: dict[str, dict[str, Any]]
 def test_queries_are_copied_and_read_in_turns(found: dict[str, dict[str, Any]], form: str) -> None:
     # With one query there is no loop, and all warps meet at the end.
     assert [[kind for kind in turn if kind != "all"] for turn in found[form]["turns"]] == TURNS
+
+
+@pytest.mark.parametrize("form", ["prefill attention", "prefill attention, picked"])
+def test_halves_of_tiles_are_copied_in_turns(found: dict[str, dict[str, Any]], form: str) -> None:
+    turns = found[form]["turns"]
+    # The copier waits for a free half, starts its copies, and each thread arrives when its own are complete.
+    half = ["wait", "piece", "copied"]
+    assert half * 2 in turns and half in turns
+    # The summer arrives at empty_right after the tensor cores have read the half.
+    assert any(turn[-4:] == ["product", "done", "meet", "arrive"] for turn in turns)
