@@ -38,6 +38,7 @@ from antefix.model.load_plan import dtype_of
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model.triton_ops import TritonOps
 from antefix_kernels import expert_routing, linear
+from antefix_kernels.likeliest import likeliest
 from benchmarks.attention_floor import attention_work
 from benchmarks.run_record import about
 
@@ -217,6 +218,12 @@ def products(bandwidth: float, *, quick: bool) -> list[dict[str, Any]]:
                 rows.append({"name": name, "tokens": tokens, "tile": tile, "skips": skips, "us": ms * 1e3,
                              "of_floor": floor / ms, "same_bits": torch.equal(out, many)})  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
+            if tokens == 1:
+                out = linear.multiply_groups(x, weights[0])
+                ms = replay_ms([lambda w=w, x=x: linear.multiply_groups(x, w) for w in weights])
+                rows.append({"name": name, "tokens": tokens, "tile": "few rows", "skips": True, "us": ms * 1e3,
+                             "of_floor": floor / ms, "same_bits": torch.equal(out, many)})  # fmt: skip
+                print(json.dumps(rows[-1]), flush=True)
     rows += routed(bandwidth, replay_ms, quick=quick)
     return rows
 
@@ -254,9 +261,11 @@ class tiles:
 
     def __enter__(self) -> None:
         self.held = {
-            name: getattr(linear, name) for name in ("_TILES_FEW", "_TILE_PICKS", "_PICKS", "SKIPS_MISSING_ROWS")
+            name: getattr(linear, name)
+            for name in ("_TILES_FEW", "_TILE_PICKS", "_PICKS", "SKIPS_MISSING_ROWS", "FEW_ROWS")
         }
         few: Any = linear
+        few.FEW_ROWS = False
         few._TILES_FEW, few._PICKS, few.SKIPS_MISSING_ROWS = (), range(0), self.skips
         if self.plain is not None:
             few._TILES_FEW = ((128, 1 << 30, self.plain),)
@@ -301,7 +310,7 @@ def one_step(model: Model, pool: CardPool, ops: TritonOps, sequences: list[Seque
     tokens = random.integers(0, model.config.vocab_size, len(sequences)).astype(np.uint32)
     batch = [(sequence, tokens[i : i + 1]) for i, sequence in enumerate(sequences)]
     logits = forward(model, pool, batch, ops=ops)
-    found: list[int] = logits.argmax(1).tolist()
+    found: list[int] = likeliest(logits)[0].tolist()
     return found
 
 
@@ -425,7 +434,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not args.few:
-        linear._TILES_FEW, linear._PICKS = (), range(0)
+        linear._TILES_FEW, linear._PICKS, linear.FEW_ROWS = (), range(0), False
         expert_routing.ENABLED = False
     if args.toy:
         triton_ops.REPRODUCIBLE_QUERIES_MIN = 16

@@ -76,11 +76,14 @@ class Attention(nn.Module):
         """The low-rank query [N, Q] that attention's and the indexer's heads share."""
         return rms_norm(product_of(x_ND, self.q_a_proj, done), self.q_a_norm.weight, self.eps)
 
-    def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normed, rotated queries [N, H, C], already scaled by C^-1/2 for the dot products with keys."""
+    def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor, *, halves: bool = False) -> Tensor:
+        """Normed, rotated queries [N, H, C], already scaled by C^-1/2 for the dot products with keys.
+
+        halves: as float16, after rounding to the model's type.
+        """
         q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.head_dim)
         scale = math.pow(self.head_dim, -0.5)
-        return norm_rotate(q, None, self.eps, cos.unsqueeze(1), sin.unsqueeze(1), scale=scale)
+        return norm_rotate(q, None, self.eps, cos.unsqueeze(1), sin.unsqueeze(1), scale=scale, halves=halves)
 
     def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor, done: Products = NO_PRODUCTS) -> Tensor:
         """Window KV [N, C] before rounding; each entry is both key and value."""

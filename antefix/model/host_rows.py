@@ -25,6 +25,35 @@ def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+class HostIntegers:
+    """Pinned host memory for the integers of steps, of one shape. A step's integers go to the GPU without a new pinned
+    array per step. Two steps take turns, so that the host fills one array while the GPU may still read the other.
+    """
+
+    def __init__(self, device_integers: Tensor) -> None:
+        self._target = device_integers
+        self._is_card = device_integers.device.type == "cuda"
+        shape = device_integers.shape
+        self._hosts = [torch.zeros(shape, dtype=torch.int32, pin_memory=self._is_card) for _ in range(2)]
+        self._arrays = [host.numpy() for host in self._hosts]
+        self._copied: list[Any] = [None, None]
+        self._turn = 0
+
+    def send(self, integers: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Copy integers to the GPU; places beyond their shape become 0. The host does not wait for this copy."""
+        turn = self._turn = 1 - self._turn
+        if self._copied[turn] is not None:
+            self._copied[turn].synchronize()
+        array = self._arrays[turn]
+        if array.shape != integers.shape:
+            array.fill(0)
+        array[tuple(slice(size) for size in integers.shape)] = integers
+        self._target.copy_(self._hosts[turn], non_blocking=True)
+        if self._is_card:
+            event = self._copied[turn] = self._copied[turn] or torch.cuda.Event()
+            event.record()
+
+
 class HostRows:
     """One host row for each of `rows` [num_blocks, block_bytes] uint8 on a GPU.
 

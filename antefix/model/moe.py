@@ -29,6 +29,7 @@ from antefix.model.numerics import (
 )
 from antefix.model.packed import PackedMatrix, PackedStack
 from antefix.model.ranks import Ranks
+from antefix.model.side_streams import Side
 
 if TYPE_CHECKING:
     from antefix.model.expert_offload import ExpertOffload
@@ -58,9 +59,9 @@ class ExpertRouter(nn.Module):
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids [N, K], ascending, and their weights [N, K]."""
         logits = linear(x_ND, self.weight)[: len(tokens_N)]
-        scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
         if has_kernels(x_ND) and _routes_in_one_launch():
-            return self._on_card(scores, tokens_N)
+            return self._on_card(logits, tokens_N)
+        scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
         else:
@@ -69,11 +70,15 @@ class ExpertRouter(nn.Module):
         # 1e-20 as in the reference. It matters only if all scores are zero.
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
 
-    def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` in one kernel launch, on a GPU."""
+    def _on_card(self, logits_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` after its product, in one kernel launch, on a GPU."""
         from antefix_kernels import expert_routing
 
-        pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
+        are_logits = self.scoring == "sqrtsoftplus"
+        given = logits_NE if are_logits else expert_scores(logits_NE.float(), self.scoring)
+        pick = functools.partial(
+            expert_routing.pick_experts, given.contiguous(), self.num_picked, self.scaling, are_logits=are_logits
+        )
         if self.hash_routed:
             return pick(tokens=tokens_N.contiguous(), table=self.tid2eid)
         return pick(bias=self.e_score_correction_bias.float())
@@ -189,12 +194,12 @@ class MoE(nn.Module):
             from antefix.model.compiled.experts import run
 
             return run(self, x_ND, tokens_N)
+        if has_kernels(x_ND):
+            done = self._on_card(x_ND[:num_tokens], tokens_N)
+            missing = len(x_ND) - num_tokens
+            return nn.functional.pad(done, (0, 0, 0, missing)) if missing else done
         experts, weights = self.gate(x_ND, tokens_N)
         with self.experts.fetched():
-            if has_kernels(x_ND):
-                done = self._on_card(x_ND[:num_tokens], experts, weights)
-                missing = len(x_ND) - num_tokens
-                return nn.functional.pad(done, (0, 0, 0, missing)) if missing else done
             routed: Tensor = self.experts(x_ND[:num_tokens], experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         if len(x_ND) == num_tokens:
@@ -202,31 +207,43 @@ class MoE(nn.Module):
         shared[:num_tokens] += routed
         return shared
 
-    def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def _on_card(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """All experts in one product. The host never learns which experts were picked for a token."""
+        from antefix_kernels import tokens
+
+        stacks = self.experts
+        side = Side(x_ND.device, 0)
+        with side:
+            shared = self.shared_experts(x_ND)
+        experts_NK, weights_NK = self.gate(x_ND, tokens_N)
+        with stacks.fetched():
+            picks, num_routed, is_mine = _own_picks(stacks, experts_NK)
+            rows, place = self._routed_rows(x_ND, picks, num_routed)
+        if stacks.ranks is not None and is_mine is not None:
+            # Each rank sorts its picks differently, so rows return to token order before they are merged.
+            rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
+            place = torch.arange(len(place), device=place.device)
+        side.join()
+        return tokens.combine(rows, place, weights_NK, shared)
+
+    def _routed_rows(self, x_ND: Tensor, picks: Tensor, num_routed: int) -> tuple[Tensor, Tensor]:
+        """The outputs of all picks, sorted by expert, and the row of each pick."""
         from antefix_kernels import linear as products
         from antefix_kernels import tokens
 
         stacks = self.experts
         gate_up_proj, down_proj = stacks.gate_up_proj, stacks.down_proj
-        picks, num_routed, is_mine = _own_picks(stacks, experts_NK)
         if isinstance(gate_up_proj, PackedStack):
             assert isinstance(down_proj, PackedStack)
             tile = gate_up_proj.card_tile(x_ND, picks.numel())
             routing = products.route(picks, num_routed, tile=tile)
             inner = gate_up_proj.card_product(x_ND, routing, gathered=True, gate_limit=stacks.limit)
-            rows = down_proj.card_product(inner, routing, gathered=False)
-        else:
-            assert not isinstance(down_proj, PackedStack)
-            routing = products.route(picks, num_routed)
-            gate_up = products.multiply_routed(x_ND, gate_up_proj, routing, gathered=True)
-            rows = products.multiply_routed(tokens.swiglu(gate_up, stacks.limit), down_proj, routing, gathered=False)
-        place = routing.place
-        if stacks.ranks is not None and is_mine is not None:
-            # Each rank sorts its picks differently, so rows return to token order before they are merged.
-            rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
-            place = torch.arange(len(place), device=place.device)
-        return tokens.combine(rows, place, weights_NK, self.shared_experts(x_ND))
+            return down_proj.card_product(inner, routing, gathered=False), routing.place
+        assert not isinstance(down_proj, PackedStack)
+        routing = products.route(picks, num_routed)
+        gate_up = products.multiply_routed(x_ND, gate_up_proj, routing, gathered=True)
+        inner = tokens.swiglu(gate_up, stacks.limit)
+        return products.multiply_routed(inner, down_proj, routing, gathered=False), routing.place
 
 
 def takes_compiled(layer: MoE) -> bool:

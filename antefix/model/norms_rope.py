@@ -7,6 +7,7 @@ Source:  V4 report, section 2.3.3; frequencies as in transformers' deepseek_v4, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import RopeConfig
 from antefix.model.numerics import has_kernels, wide
+from antefix.model.side_streams import is_recording
 
 
 class RMSNorm(nn.Module):
@@ -77,6 +79,35 @@ def rope_table(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.
     return angles.cos() * factor, angles.sin() * factor
 
 
+def turn_tables(angles_KPR: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """cos and sin of K tables of float32 angles, each times its factor: the bits of `rope_table`, in few launches."""
+    cos, sin = angles_KPR.cos(), angles_KPR.sin()
+    if len(set(factors)) == 1:
+        return (cos, sin) if factors[0] == 1.0 else (cos.mul_(factors[0]), sin.mul_(factors[0]))
+    for number, factor in enumerate(factors):
+        if factor != 1.0:
+            cos[number].mul_(factor)
+            sin[number].mul_(factor)
+    return cos, sin
+
+
+def wide_weight(norm: RMSNorm) -> Tensor:
+    """The norm's weight as float32, kept for the next call. A recording makes no copy that outlives it, because that
+    would hold numbers only after the recorded graph has run.
+    """
+    weight = norm.weight
+    if weight.dtype is torch.float32:
+        return weight
+    made_of = weight.data_ptr(), weight._version if not weight.is_inference() else 0
+    kept: tuple[tuple[int, int], Tensor] | None = getattr(norm, "_antefix_wide", None)
+    if kept is not None and kept[0] == made_of:
+        return kept[1]
+    wider = weight.detach().float()
+    if not is_recording(weight.device):
+        norm._antefix_wide = made_of, wider  # type: ignore[assignment]
+    return wider
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims)."""
     if has_kernels(x):
@@ -110,11 +141,16 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_rotate(
-    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0, halves: bool = False
 ) -> Tensor:
-    """RMS norm, rotation and multiplication by `scale`; on a GPU in one pass over x."""
+    """RMS norm, rotation and multiplication by `scale`; on a GPU in one pass over x.
+
+    halves: the result, rounded to x's type, is then rounded to float16.
+    """
     if has_kernels(x):
-        return _on_card(x, weight, eps, cos, sin, scale)
+        return _on_card(x, weight, eps, cos, sin, scale, halves=halves)
+    if halves:
+        return norm_rotate(x, weight, eps, cos, sin, scale=scale).half()
     if is_compiled(x):
         from antefix.model.compiled import tokens as compiled
 
@@ -133,10 +169,13 @@ def _on_card(
     scale: float,
     *,
     back: bool = False,
+    halves: bool = False,
 ) -> Tensor:
     """x [N, C] with angles [N, R / 2], or x [N, H, C] with angles [N, 1, R / 2]."""
     from antefix_kernels.tokens import norm_turn
 
     rows = x if x.dim() == 3 else x.unsqueeze(1)
     cos, sin = (table.reshape(len(x), -1) for table in (cos, sin))
-    return norm_turn(rows, weight=weight, eps=eps, cos=cos, sin=sin, scale=scale, back=back).view(x.shape)
+    return norm_turn(rows, weight=weight, eps=eps, cos=cos, sin=sin, scale=scale, back=back, halves=halves).view(
+        x.shape
+    )

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from antefix.block import TokenArray
+from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
 from antefix.model.host_rows import upload
-from antefix.model.seated_steps import SeatedSteps
+from antefix.model.seated_steps import Closing, SeatedSteps
 from antefix.model.seats import CompressorRows, Seats
 from antefix.model.window_state import Sequence
 from antefix_kernels import gather, operands, pack, seated
@@ -117,7 +118,39 @@ class SeatedChunks(SeatedSteps):
         self.shape, self._new = shape, new
         super().__init__(*args, **settings)
 
+    def _read(self, integers: Tensor) -> Tensor:
+        geometry, device = self._geometry, integers.device
+        tokens = self._take_integers(integers).long()
+        positions = self._position.long()
+        self._none = torch.zeros_like(self._seat)
+        self._closing = {kind: self._close(kind) for kind in set(geometry.layers) - {LayerKind.WINDOW}}
+        turn = (len(tokens), geometry.rope_dim // 2)
+        self._turns = torch.ones(turn, device=device), torch.zeros(turn, device=device)
+        self.ropes = {kind: self._model.rope(kind, positions) for kind in set(geometry.layers)}
+        return tokens
+
+    def _close(self, kind: LayerKind) -> Closing:
+        ratio = self._geometry.csa_ratio if kind is LayerKind.CSA else self._geometry.hca_ratio
+        per_block = self._geometry.block_size // ratio
+        entry = self._position // ratio
+        block = self._tables.gather(1, (entry // per_block).long().unsqueeze(1)).squeeze(1)
+        # Seat 0 belongs to rows that pad the batch.
+        closes = ((self._position + 1) % ratio == 0) & (self._seat > 0)
+        slots = torch.where(closes, block * per_block + entry % per_block, -1)
+        cos, sin = self._model.rope(kind, entry * ratio)
+        first_rows, prior_rows = self._group_rows(ratio)
+        return Closing(
+            slots=slots if self._write else torch.full_like(slots, -1),
+            closes=closes.int(),
+            first_rows=first_rows,
+            prior_rows=prior_rows,
+            visible=(self._position + 1) // ratio,
+            cos=cos.float().contiguous(),
+            sin=sin.float().contiguous(),
+        )
+
     def _take_integers(self, integers: Tensor) -> Tensor:
+        """Read each row's position, seat, block table and window from the integers. Returns the tokens."""
         shape, window, device = self.shape, self._geometry.window, integers.device
         rows = integers[: shape.rows * _ROW_COLUMNS].view(_ROW_COLUMNS, shape.rows)
         sequences = integers[shape.rows * _ROW_COLUMNS :].view(shape.sequences, -1)
@@ -150,6 +183,10 @@ class SeatedChunks(SeatedSteps):
         return self._line
 
     def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """For the group that each row may complete: its first row in the result of `_take_rows`, and the first row of
+        the previous group. If the previous group's Ca rows are the seat's overlap state, the second number is -1 -
+        seat.
+        """
         line = self._owner * ratio + self._row + self._first % ratio
         first_rows = (line - (ratio - 1)).clamp(min=0)
         is_first = self._position // ratio == self._first // ratio

@@ -33,14 +33,26 @@ from antefix.model.host_rows import upload
 from antefix.model.indexer import Indexer
 from antefix.model.joined_weights import Products
 from antefix.model.model import Model
+from antefix.model.norms_rope import turn_tables, wide_weight
 from antefix.model.pool import BlockPool
 from antefix.model.seats import CompressorRows, Seats
+from antefix.model.side_streams import Side
 from antefix.model.window_state import Sequence
-from antefix_kernels import decode_attention, gather, index_scores, operands, pack, prefill_attention, seated, topk
+from antefix_kernels import (
+    decode_attention,
+    gather,
+    index_scores,
+    operands,
+    pack,
+    prefill_attention,
+    seated,
+    step_numbers,
+    topk,
+)
 
 # Columns of a step's integers that come before the block table.
 TOKEN, POSITION, SEAT, CUT = range(4)
-NUM_COLUMNS = 4
+NUM_COLUMNS = step_numbers.COLUMNS
 TokenIds = collections.abc.Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 # Keys, queries per product, warps and stages: the tile in which `triton_ops` scores chunks in reproducible mode.
 _REPRODUCIBLE_TILE = (128, 2, 4, 2)
@@ -63,10 +75,8 @@ def step_integers(
 
 
 @dataclass(frozen=True, slots=True)
-class _Closing:
-    """The groups of one kind that a step closes: slots [S] int32 of their entries (-1: this sequence closes none), the
-    place of their rows, and cos and sin at their first tokens.
-    """
+class Closing:
+    """The groups of one kind that a step closes (`step_numbers.Closing`), and cos and sin at their first tokens."""
 
     slots: Tensor
     closes: Tensor
@@ -75,6 +85,9 @@ class _Closing:
     visible: Tensor
     cos: Tensor
     sin: Tensor
+
+
+Turns = tuple[Tensor, Tensor]
 
 
 class SeatedSteps:
@@ -94,47 +107,87 @@ class SeatedSteps:
         self._tables: Tensor
         self._counts: Tensor
         self._firsts: Tensor
-        self.tokens = self._take_integers(integers).long()
-        self.positions = self._position.long()
+        self._none: Tensor
+        self._turns: Turns
+        self._closing: dict[LayerKind, Closing]
+        # cos and sin [S, R / 2] of all rows, by kind of layer.
+        self.ropes: dict[LayerKind, Turns]
+        self.tokens = self._read(integers)
         self._num = len(self.tokens)
-        self._none = torch.zeros_like(self._seat)
-        self._closing = {kind: self._close(kind) for kind in set(geometry.layers) - {LayerKind.WINDOW}}
         self._hca_slots = self._every_slot() if LayerKind.HCA in geometry.layers else None
-        turn = (self._num, geometry.rope_dim // 2)
-        self._turns = torch.ones(turn, device=integers.device), torch.zeros(turn, device=integers.device)
 
-    def _take_integers(self, integers: Tensor) -> Tensor:
-        """Read each row's position, seat, block table and window slots from the integers. Returns the tokens."""
-        self._position = integers[:, POSITION].contiguous()
-        self._seat = integers[:, SEAT].contiguous()
-        self._tables = integers[:, NUM_COLUMNS:].contiguous()
-        window = self._geometry.window
-        slot = self._seat * (2 * window) + self._position % window
-        # Each record is written to two slots, so that any window is one run of slots.
-        self._window_slots = torch.cat((slot, slot + window))
-        self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
-        self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
-        return integers[:, TOKEN]
+    def _read(self, integers: Tensor) -> Tensor:
+        """Compute each row's numbers, groups and angles from the integers. Returns the tokens [S] int64."""
+        geometry, model = self._geometry, self._model
+        compressed = [kind for kind in (LayerKind.CSA, LayerKind.HCA) if kind in geometry.layers]
+        found = step_numbers.step_numbers(
+            integers,
+            window=geometry.window,
+            block_size=geometry.block_size,
+            ratios=[geometry.csa_ratio if kind is LayerKind.CSA else geometry.hca_ratio for kind in compressed],
+            main=model.rope_main.float(),
+            other=model.rope_compress.float(),
+            write=self._write,
+        )
+        self._position, self._seat, self._none = found.position, found.seat, found.none
+        self._counts, self._firsts, self._window_slots = found.counts, found.firsts, found.window_slots
+        self._tables, self._turns = found.tables, (found.turns[0], found.turns[1])
+        factors = [model.config.rope_main.attention_factor] + [model.config.rope_compress.attention_factor] * (
+            1 + len(compressed)
+        )
+        cos, sin = turn_tables(found.angles, factors)
+        tables = {kind: 0 if kind is LayerKind.WINDOW else 1 for kind in set(geometry.layers)}
+        self.ropes = {kind: (cos[table], sin[table]) for kind, table in tables.items()}
+        self._closing = {
+            kind: Closing(each.slots, each.closes, each.first_rows, each.prior_rows, each.visible, cos[i], sin[i])
+            for i, (kind, each) in enumerate(zip(compressed, found.closing, strict=True), 2)
+        }
+        return integers[:, TOKEN].long()
 
-    def attend(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, layer: int, attention: Attention, x: Tensor, rope: Turns) -> Tensor:
         """The layer's attention before its output projection, for x [S, D], normed: [S, H, C]."""
         done = attention.input_products(x)
+        # What is stored, and the heads' queries, are computed next to one another.
+        own = Side(x.device, 0)
+        with own:
+            ring = self._window(layer, attention.window_entries(x, *rope, done))
+            records, keys = self._compress_all(layer, attention, x, done)
         residual = attention.query_residual(x, done)
-        q = attention.queries(residual, *rope)
-        entries = attention.window_entries(x, *rope, done)
-        ring = self._window(layer, entries)
+        compressor = attention.compressor
+        if not isinstance(compressor, CSACompressor):
+            q = self._queries(attention, residual, rope)
+            own.join()
+            if compressor is None:
+                return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
+            slots = cast(Tensor, self._hca_slots)
+            return self._attend(q, cast(Tensor, records), ring, slots, self._closing[LayerKind.HCA].visible, attention)
+        heads = Side(x.device, 1)
+        with heads:
+            q = self._queries(attention, residual, rope)
+        indexer = compressor.indexer
+        query = self._index_query(indexer, indexer.head_weights(x, done), residual, rope)
+        own.join()
+        picks = self._pick(cast(Tensor, keys), indexer, query)
+        heads.join()
+        return self._attend(q, cast(Tensor, records), ring, picks.slots, picks.counts, attention)
+
+    def _queries(self, attention: Attention, residual: Tensor, rope: Turns) -> Tensor:
+        """float16 queries [S, H, C]. In reproducible mode they are made by the kernel that makes those of chunks: one
+        that stores float16 may sum a norm's squares in another order.
+        """
+        return attention.queries(residual, *rope, halves=not self._reproducible).half()
+
+    def _compress_all(
+        self, layer: int, attention: Attention, x: Tensor, done: Products
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compress with all compressors of the layer. Returns the records of its entries and of its index keys."""
         compressor = attention.compressor
         if compressor is None:
-            return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
+            return None, None
         if not isinstance(compressor, CSACompressor):
-            records = self._compress(layer, PartKind.HCA_MAIN, compressor, x, done)
-            slots = cast(Tensor, self._hca_slots)
-            return self._attend(q, records, ring, slots, self._closing[LayerKind.HCA].visible, attention)
+            return self._compress(layer, PartKind.HCA_MAIN, compressor, x, done), None
         records = self._compress(layer, PartKind.CSA_MAIN, compressor, x, done)
-        indexer = compressor.indexer
-        keys = self._compress(layer, PartKind.INDEXER_KEYS, indexer, x, done)
-        picks = self._pick(keys, indexer, indexer.head_weights(x, done), residual, rope)
-        return self._attend(q, records, ring, picks.slots, picks.counts, attention)
+        return records, self._compress(layer, PartKind.INDEXER_KEYS, compressor.indexer, x, done)
 
     def _window(self, layer: int, entries: Tensor) -> Tensor:
         """Write the window entries [S, C] of the new tokens. Returns the records [1, rows, R], in which each query's
@@ -162,33 +215,6 @@ class SeatedSteps:
         for rows in (self._seats.main, self._seats.indexer):
             seated.move_overlaps(rows.tails, cast(Tensor, rows.overlaps), self._seat, closes)
 
-    def _close(self, kind: LayerKind) -> _Closing:
-        ratio = self._geometry.csa_ratio if kind is LayerKind.CSA else self._geometry.hca_ratio
-        per_block = self._geometry.block_size // ratio
-        entry = self._position // ratio
-        block = self._tables.gather(1, (entry // per_block).long().unsqueeze(1)).squeeze(1)
-        # Seat 0 belongs to rows that pad the batch.
-        closes = ((self._position + 1) % ratio == 0) & (self._seat > 0)
-        slots = torch.where(closes, block * per_block + entry % per_block, -1)
-        cos, sin = self._model.rope(kind, entry * ratio)
-        first_rows, prior_rows = self._group_rows(ratio)
-        return _Closing(
-            slots=slots if self._write else torch.full_like(slots, -1),
-            closes=closes.int(),
-            first_rows=first_rows,
-            prior_rows=prior_rows,
-            visible=(self._position + 1) // ratio,
-            cos=cos.float().contiguous(),
-            sin=sin.float().contiguous(),
-        )
-
-    def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
-        """For the group that each row may complete: its first row in the result of `_take_rows`, and the first row of
-        the previous group. If the previous group's Ca rows are the seat's overlap state, the second number is -1 -
-        seat.
-        """
-        return self._seat * (2 * ratio), -1 - self._seat
-
     def _every_slot(self) -> Tensor:
         """Pool slots of all HCA entries in order, [S, E] int32."""
         per_block = self._geometry.hca_entries_per_block
@@ -210,7 +236,7 @@ class SeatedSteps:
         given = self._take_rows(rows, place, compressor, compressor.rows(x, done))
         closing = self._closing[self._geometry.layers[layer]]
         norm = pack.Norm(
-            weight=compressor.kv_norm.weight.float(), cos=closing.cos, sin=closing.sin, eps=compressor.kv_norm.eps
+            weight=wide_weight(compressor.kv_norm), cos=closing.cos, sin=closing.sin, eps=compressor.kv_norm.eps
         )
         target = pack.Target(records=records, slots=closing.slots)
         if packer is None:
@@ -234,15 +260,15 @@ class SeatedSteps:
         # In memory a seat's kv rows come first, then its gate rows.
         return flat[: -compressor.ratio], flat[compressor.ratio :]
 
-    def _pick(
-        self, keys: Tensor, indexer: Indexer, weights: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> topk.Picks:
-        """The k best visible entries of each sequence."""
+    def _index_query(self, indexer: Indexer, weights: Tensor, residual: Tensor, rope: Turns) -> index_scores.IndexQuery:
         queries = indexer.queries(residual, *rope)
+        return index_scores.prepare_queries(queries, weights, 1.0, as_many=self._reproducible)
+
+    def _pick(self, keys: Tensor, indexer: Indexer, query: index_scores.IndexQuery) -> topk.Picks:
+        """The k best visible entries of each sequence."""
         num_entries_max = self._tables.shape[1] * keys.shape[1]
         visible = self._closing[LayerKind.CSA].visible
         group = index_scores.group_for(num_entries_max, indexer.topk)
-        query = index_scores.prepare_queries(queries, weights.float(), 1.0, as_many=self._reproducible)
         scored = index_scores.index_scores(
             query,
             keys,
@@ -258,13 +284,13 @@ class SeatedSteps:
     def _attend(
         self, q: Tensor, records: Tensor, ring: Tensor, slots: Tensor, counts: Tensor, attention: Attention
     ) -> Tensor:
-        """Attention over each query's entries at its first `counts` slots [S, n], and over its window."""
+        """Attention of float16 queries over their entries at their first `counts` slots [S, n] and their window."""
         cos, sin = self._turns
         heads = operands.Heads(sinks=attention.sinks.float(), scale=1.0, cos=cos, sin=sin)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=self._model.dtype, device=q.device)
         if not self._reproducible:
             line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
-            decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
+            decode_attention.sparse_attention(q, records, slots, counts, line, heads, out)
             return out
         # In groups of as many sequences as the memory for decoded entries allows.
         num_bytes = 2 * _padded(self._geometry.head_dim) * (slots.shape[1] + self._geometry.window)
@@ -273,7 +299,7 @@ class SeatedSteps:
             rows = slice(start, start + together)
             values, places, line = self._decoded(records, ring, slots[rows], rows)
             own = operands.Heads(sinks=heads.sinks, scale=1.0, cos=cos[rows], sin=sin[rows])
-            prefill_attention.prefill_attention(q[rows].half(), values, places, counts[rows], line, own, out[rows])
+            prefill_attention.prefill_attention(q[rows], values, places, counts[rows], line, own, out[rows])
         return out
 
     def _decoded(

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from antefix.block import TokenArray
 from antefix.model.attention import Attention
-from antefix.model.host_rows import upload
+from antefix.model.host_rows import HostIntegers, upload
 from antefix.model.layer_loop import run_layers
 from antefix.model.model import Model
 from antefix.model.numerics import linear
@@ -45,7 +45,7 @@ from antefix.model.seated_chunks import (
     chunk_integers,
     shape_of,
 )
-from antefix.model.seated_steps import NUM_COLUMNS, SEAT, SeatedSteps, TokenIds, step_integers
+from antefix.model.seated_steps import NUM_COLUMNS, SeatedSteps, TokenIds, step_integers
 from antefix.model.seats import Seats
 from antefix.model.step_counters import StepCounters
 from antefix.model.window_state import Sequence, WindowState
@@ -75,12 +75,12 @@ Step = Callable[[Tensor], tuple[Run, tuple[Tensor, Tensor]]]
 
 @dataclass(slots=True)
 class _Graph(Generic[Run]):
-    """A recorded decode step. integers: the array that every replay reads. rows: streams, and logits (for chunks: the
-    inputs of the head). generation: that of the seats that the graph reads.
+    """A recorded decode step. inputs: fills the array that every replay reads. rows: streams, and logits (for chunks:
+    the inputs of the head). generation: that of the seats that the graph reads.
     """
 
     replay: Callable[[], object]
-    integers: Tensor
+    inputs: HostIntegers
     steps: Run
     rows: tuple[Tensor, Tensor]
     generation: int
@@ -146,7 +146,7 @@ class StepRunner:
             )
             return steps, *run_step(model, steps)
         num = len(integers)
-        self._replay(recorded, _fill(integers, recorded.integers.shape))
+        self._replay(recorded, integers)
         # Copies, because the next replay writes to the same memory.
         streams, logits = recorded.rows
         return recorded.steps, streams[:num].clone(), logits[:num].clone()
@@ -216,7 +216,7 @@ class StepRunner:
         )
 
     def _replay(self, recorded: _Graph[Any], integers: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        recorded.integers.copy_(_pinned(integers, recorded.integers.device), non_blocking=True)
+        recorded.inputs.send(integers)
         recorded.replay()
         self.counters.steps_replayed += 1
 
@@ -287,7 +287,7 @@ class StepRunner:
             size = (shape.num_integers,) if isinstance(shape, ChunkShape) else shape
             integers = torch.zeros(size, dtype=torch.int32, device=model.device)
             replay, (steps, rows) = self._captured(model, lambda: step(integers), is_warm=is_warm)
-            made = _Graph(replay, integers, steps, rows, seats.generation)
+            made = _Graph(replay, HostIntegers(integers), steps, rows, seats.generation)
         except RuntimeError:
             # There is no memory, or a library call cannot be recorded: from now on kernels are launched one by one.
             log.exception(
@@ -370,7 +370,7 @@ def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return attention.output(steps.attend(layer, attention, x, rope), *rope)
 
-    streams = run_layers(model, steps.tokens, steps.positions, len(steps.tokens), attend)
+    streams = run_layers(model, steps.tokens, None, len(steps.tokens), attend, ropes=steps.ropes)
     return streams, model.model.norm(model.model.hc_head(streams))
 
 
@@ -393,18 +393,3 @@ def _bucket(num_sequences: int, num_blocks: int) -> tuple[int, int]:
 
 def _blocks(num_blocks: int) -> int:
     return max(_BLOCKS_MIN, 1 << (num_blocks - 1).bit_length())
-
-
-def _pinned(array: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) -> Tensor:
-    host = torch.from_numpy(array)
-    return host.pin_memory() if device.type == "cuda" else host
-
-
-def _fill(
-    integers: np.ndarray[tuple[int, int], np.dtype[np.int32]], shape: torch.Size
-) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """The integers in an array of a larger shape; the additional rows are dummies."""
-    filled = np.zeros((shape[0], shape[1]), np.int32)
-    filled[: integers.shape[0], : integers.shape[1]] = integers
-    assert not filled[len(integers) :, SEAT].any()
-    return filled

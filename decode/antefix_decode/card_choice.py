@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from antefix.model.host_rows import upload
+from antefix.model.numerics import has_kernels
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
 
@@ -77,16 +78,17 @@ class Choice:
 def choose_tokens(logits: Tensor, wishes: Sequence[Wish]) -> list[Choice]:
     """Choose a token per sequence. logits: [S, V], not changed. The numbers are copied from the device only once."""
     logits = logits.float()
-    low, high = logits.aminmax(dim=1)
+    tokens, are_numbers = _likeliest(logits)
     edited = _edited(logits, wishes)
-    tokens = edited.argmax(1)
+    if edited is not logits:
+        tokens, _ = _likeliest(edited)
     drawing = [row for row, wish in enumerate(wishes) if wish.sampling.temperature > 0]
     if drawing:
         rows = _upload(drawing, np.int64, logits)
         tokens = tokens.index_copy(0, rows, _draw(edited.index_select(0, rows), [wishes[row] for row in drawing]))
     told = [row for row, wish in enumerate(wishes) if wish.num_top is not None]
     most = min(max((wishes[row].num_top or 0 for row in told), default=0), logits.shape[1])
-    pieces = [torch.stack((tokens.double(), (low.isfinite() & high.isfinite()).double()), 1).flatten()]
+    pieces = [torch.stack((tokens.double(), are_numbers.double()), 1).flatten()]
     if told:
         rows = _upload(told, np.int64, logits)
         pieces.append(_logprobs(logits.index_select(0, rows), tokens.index_select(0, rows), most).flatten())
@@ -98,6 +100,16 @@ def choose_tokens(logits: Tensor, wishes: Sequence[Wish]) -> list[Choice]:
         Choice(token=int(token), are_numbers=bool(fine), logprob=_told(tails.get(row), wish.num_top))
         for row, (wish, (token, fine)) in enumerate(zip(wishes, heads, strict=True))
     ]
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each row [S], and whether all of its logits are finite."""
+    if has_kernels(logits):
+        from antefix_kernels.likeliest import likeliest
+
+        return likeliest(logits)
+    low, high = logits.aminmax(dim=1)
+    return logits.argmax(1), low.isfinite() & high.isfinite()
 
 
 def _told(numbers: npt.NDArray[np.float64] | None, num_top: int | None) -> TokenLogprob | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from antefix_kernels.number_formats import check
 
@@ -21,12 +22,27 @@ _TOGETHER = 16
 
 @triton.jit
 def _pick_kernel(scores, bias, tokens, table, experts, weights, num_experts, scaling, P: tl.constexpr,
-                 E: tl.constexpr, HASHED: tl.constexpr):  # fmt: skip
-    """One token's experts in ascending order, and their weights: by score plus bias, or from the table."""
+                 E: tl.constexpr, HASHED: tl.constexpr, LOGITS: tl.constexpr, PRECISE: tl.constexpr):  # fmt: skip
+    """One token's experts in ascending order, and their weights: by score plus bias, or from the table.
+
+    LOGITS: `scores` holds logits, whose scores are the roots of their softplus. PRECISE: with CUDA's own functions, as
+    torch computes them.
+    """
     n = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E)
     inside = e < num_experts
-    score = tl.load(scores + n * num_experts + e, inside, other=0.0)
+    score = tl.load(scores + n * num_experts + e, inside, other=0.0).to(tl.float32)
+    if LOGITS:
+        if PRECISE:
+            soft = tl.where(score > 20.0, score, libdevice.log1p(libdevice.exp(score)))
+        else:
+            power = tl.exp(tl.minimum(score, 20.0))
+            rounded = 1.0 + power
+            # Kahan's log(1 + x), which is right for small x too.
+            least = rounded == 1.0
+            log = tl.where(least, power, tl.log(rounded) * (power / tl.where(least, 1.0, rounded - 1.0)))
+            soft = tl.where(score > 20.0, score, log)
+        score = tl.sqrt_rn(soft)
     picked = e < 0
     if HASHED:
         token = tl.load(tokens + n)
@@ -97,17 +113,21 @@ def pick_experts(
     bias: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
+    are_logits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each token's experts in ascending order and their weights, which add up to `scaling`.
 
-    Shapes:  scores [N, E] float32; bias [E] float32, or tokens [N] and table [V, P] int64, of P different experts each;
-             all contiguous. Returns experts [N, P] int64 and weights [N, P] float32.
+    are_logits: `scores` are logits, and a score is the root of a logit's softplus.
+
+    Shapes:  scores [N, E] float32 (logits: or bfloat16); bias [E] float32, or tokens [N] and table [V, P] int64, of P
+             different experts each; all contiguous. Returns experts [N, P] int64 and weights [N, P] float32.
              The experts with the largest score plus bias are picked; of equal ones the lowest id. Scores have no NaN.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 2.1; oracle: antefix.model.moe.ExpertRouter.
     """
     num_tokens, num_experts = scores.shape
-    check(scores.dtype is torch.float32 and scores.is_contiguous(), "scores must be contiguous float32")
+    may_be_half = are_logits and scores.dtype is torch.bfloat16
+    check((scores.dtype is torch.float32 or may_be_half) and scores.is_contiguous(), "scores: contiguous float32")
     check(
         (bias is None) != (tokens is None) and (tokens is None) == (table is None), "either bias, or tokens and table"
     )
@@ -135,6 +155,8 @@ def pick_experts(
             P=num_picked,
             E=triton.next_power_of_2(num_experts),
             HASHED=tokens is not None,
+            LOGITS=are_logits,
+            PRECISE=scores.is_cuda,
             num_warps=1 if num_experts <= 256 else 4,
             enable_fp_fusion=False,
         )

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from antefix_kernels import expert_routing
+from antefix_kernels import expert_routing, few_rows
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 
@@ -42,6 +42,8 @@ _PICKS = range(64, 1025)
 # Where at least half of the tiles' rows are missing, these are not read. Missing rows that repeat the last row make all
 # threads read the same address: on an H200 the products of a step of one sequence took 2,146 us so, and now take 1,400.
 SKIPS_MISSING_ROWS = True
+# Whether products of few rows have the kernel of their own (`few_rows`); a benchmark compares it with the one below.
+FEW_ROWS = True
 # How many tiles of rows run side by side, so that they read weights from the cache.
 _ROW_TILES_TOGETHER = 8
 
@@ -207,6 +209,10 @@ def _launch(
     check(routing is not None or x.shape[1] == weights.shape[0], "inputs and weights have other numbers of groups")
     num_groups, num_outputs, num_addends = weights.shape
     if not out.shape[0]:
+        return
+    num_tokens = out.shape[0] if routing is None else len(routing.order) // routing.num_picked
+    if FEW_ROWS and num_tokens <= few_rows.ROWS_MAX and x.dtype is torch.bfloat16:
+        few_rows.launch(x, weights, out, routing, gathered=gathered)
         return
     all_outputs = num_outputs * (1 if routing is not None else num_groups)
     m, n, k, warps, stages = _tile(x.dtype, out.shape[0], num_outputs, all_outputs, is_routed=routing is not None)

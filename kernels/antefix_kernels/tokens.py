@@ -26,12 +26,14 @@ _MIX_ADDENDS = 512
 # Tokens of a program that adds up parts.
 _MIX_SUM_TOKENS = 4
 _GATE_TOKENS = 32
+# Up to so many tokens, one program per token mixes and another one iterates.
+_MIX_APART_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
                       COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-                      BACK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                      BACK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Scale ROWS rows, after their norm if NORM. Their last ROPE dims are rotated by RoPE, or rotated back if BACK."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // heads, rows % heads
@@ -53,7 +55,14 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
         if BACK:
             b = -b
         v = tl.reshape(tl.join(tl.fma(even, a, -(odd * b)), tl.fma(odd, a, even * b)), (ROWS, COLUMNS))
-    store_output(out, rows.to(tl.int64)[:, None] * C + c[None, :], v * scale, live)
+    at = rows.to(tl.int64)[:, None] * C + c[None, :]
+    if HALVES:
+        v = v * scale
+        if x.dtype.element_ty == tl.bfloat16:
+            v = (bf16_bits(v).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        tl.store(out + at, v.to(tl.float16), live)
+    else:
+        store_output(out, at, v * scale, live)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -144,50 +153,55 @@ def _added(parts, at, stride, mask, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mixed_kernel(streams, parts, squares, base, scale, weight, out, post, comb, num_tokens, width, eps, norm_eps,
                   out_eps, iterations, M: tl.constexpr, M_PAD: tl.constexpr, PARTS: tl.constexpr,
-                  COLUMNS: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """One token: logits from their parts, gates, the streams' weighted sum, and if NORM the norm of that sum."""
+                  COLUMNS: tl.constexpr, NORM: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """One token: logits from their parts, gates, the streams' weighted sum, and if NORM the norm of that sum.
+
+    APART: one program computes the gates of the block's output, and another one the block's input.
+    """
     n = tl.program_id(0).to(tl.int64)
     J: tl.constexpr = (2 + M) * M
     m = tl.arange(0, M_PAD)
     one = m < M
-    row, column = m[:, None], m[None, :]
-    inside = (row < M) & (column < M)
-    cell = row * M + column
     squared = 0.0
     for part in tl.static_range(PARTS):
         squared += tl.load(squares + part * num_tokens + n)
     factor = tl.rsqrt(squared / (M * width) + norm_eps)
     at, stride = n * J, num_tokens.to(tl.int64) * J
-    a = _added(parts, at + m, stride, one, PARTS) * factor
-    b = _added(parts, at + M + m, stride, one, PARTS) * factor
-    y = _added(parts, at + 2 * M + cell, stride, inside, PARTS) * factor
-    pre = _sigmoid(a * tl.load(scale) + tl.load(base + m, one, other=0.0)) + eps
-    b = b * tl.load(scale + 1) + tl.load(base + M + m, one, other=0.0)
-    tl.store(post + n * M + m, 2.0 * _sigmoid(b), one)
-    y = y * tl.load(scale + 2)
-    y = tl.where(inside, y + tl.load(base + 2 * M + cell, inside, other=0.0), float("-inf"))
-    top = tl.max(y, 1)[:, None]
-    y = tl.where(inside, tl.exp(y - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    total = tl.sum(y, 1)[:, None]
-    y = tl.where(inside, y / tl.where(total > 0.0, total, 1.0) + eps, 0.0)
-    y = y / (tl.sum(y, 0)[None, :] + eps)
-    for _ in range(iterations - 1):
-        y = y / (tl.sum(y, 1)[:, None] + eps)
+    if tl.program_id(1) == 0:
+        row, column = m[:, None], m[None, :]
+        inside = (row < M) & (column < M)
+        cell = row * M + column
+        b = _added(parts, at + M + m, stride, one, PARTS) * factor
+        y = _added(parts, at + 2 * M + cell, stride, inside, PARTS) * factor
+        b = b * tl.load(scale + 1) + tl.load(base + M + m, one, other=0.0)
+        tl.store(post + n * M + m, 2.0 * _sigmoid(b), one)
+        y = y * tl.load(scale + 2)
+        y = tl.where(inside, y + tl.load(base + 2 * M + cell, inside, other=0.0), float("-inf"))
+        top = tl.max(y, 1)[:, None]
+        y = tl.where(inside, tl.exp(y - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+        total = tl.sum(y, 1)[:, None]
+        y = tl.where(inside, y / tl.where(total > 0.0, total, 1.0) + eps, 0.0)
         y = y / (tl.sum(y, 0)[None, :] + eps)
-    tl.store(comb + n * (M * M) + cell, y, inside)
-    d = tl.arange(0, COLUMNS)
-    used = d < width
-    acc = tl.zeros((COLUMNS,), tl.float32)
-    for i in tl.static_range(M):
-        x = tl.load(streams + (n * M + i) * width + d, used, other=0.0).to(tl.float32)
-        # Exact: all other addends are zero.
-        acc = tl.fma(x, tl.sum(tl.where(m == i, pre, 0.0), 0), acc)
-    if NORM:
-        if out.dtype.element_ty == tl.bfloat16:
-            acc = (bf16_bits(acc).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        acc = acc * tl.rsqrt(tl.sum(acc * acc, 0) / width + out_eps)
-        acc = acc * tl.load(weight + d, used, other=0.0).to(tl.float32)
-    store_output(out, n * width + d, acc, used)
+        for _ in range(iterations - 1):
+            y = y / (tl.sum(y, 1)[:, None] + eps)
+            y = y / (tl.sum(y, 0)[None, :] + eps)
+        tl.store(comb + n * (M * M) + cell, y, inside)
+    if (tl.program_id(1) == 1) | (APART == 0):
+        a = _added(parts, at + m, stride, one, PARTS) * factor
+        pre = _sigmoid(a * tl.load(scale) + tl.load(base + m, one, other=0.0)) + eps
+        d = tl.arange(0, COLUMNS)
+        used = d < width
+        acc = tl.zeros((COLUMNS,), tl.float32)
+        for i in tl.static_range(M):
+            x = tl.load(streams + (n * M + i) * width + d, used, other=0.0).to(tl.float32)
+            # Exact: all other addends are zero.
+            acc = tl.fma(x, tl.sum(tl.where(m == i, pre, 0.0), 0), acc)
+        if NORM:
+            if out.dtype.element_ty == tl.bfloat16:
+                acc = (bf16_bits(acc).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            acc = acc * tl.rsqrt(tl.sum(acc * acc, 0) / width + out_eps)
+            acc = acc * tl.load(weight + d, used, other=0.0).to(tl.float32)
+        store_output(out, n * width + d, acc, used)
 
 
 @triton.jit
@@ -249,10 +263,11 @@ def norm_turn(
     sin: torch.Tensor | None = None,
     scale: float = 1.0,
     back: bool = False,
+    halves: bool = False,
 ) -> torch.Tensor:
     """RMS-norm rows if eps is given, rotate their last R dims by each token's angles if cos and sin are, and scale.
 
-    back: rotate the other way, by -sin.
+    back: rotate the other way, by -sin.  halves: round to x's type, then to float16, and return that.
 
     Shapes:  x [N, H, C] float32 or bfloat16, last dim contiguous; weight [C]; cos, sin [N, R / 2] float32.
              Returns [N, H, C], contiguous, of x's type.
@@ -260,7 +275,7 @@ def norm_turn(
     """
     num_tokens, heads, columns = x.shape
     check(x.stride(2) == 1 and x.dtype in (torch.bfloat16, torch.float32), "x: float32 or bfloat16, contiguous rows")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=torch.float16 if halves else x.dtype, device=x.device)
     if cos is not None and sin is not None:
         for table in (cos, sin):
             check(table.shape == (num_tokens, cos.shape[1]) and table.dtype is torch.float32, "cos, sin: [N, R / 2]")
@@ -287,6 +302,7 @@ def norm_turn(
         NORM=eps is not None,
         WEIGHT=weight is not None,
         BACK=back,
+        HALVES=halves,
         ROWS=rows,
         num_warps=4 if padded > 1024 else 2,
         enable_fp_fusion=False,
@@ -378,7 +394,9 @@ def mixed(
         return out, post, comb
     parts, squares = _mixing_parts(streams, fn)
     columns = triton.next_power_of_2(width)
-    _mixed_kernel[(num_tokens,)](
+    # Few tokens leave most of a GPU idle, and the iterations take as long as the rest.
+    apart = num_tokens <= _MIX_APART_TOKENS
+    _mixed_kernel[(num_tokens, 2 if apart else 1)](
         streams,
         parts,
         squares,
@@ -399,6 +417,7 @@ def mixed(
         PARTS=len(parts),
         COLUMNS=columns,
         NORM=norm is not None,
+        APART=apart,
         num_warps=8 if columns >= 4096 else 4,
         enable_fp_fusion=False,
     )

@@ -100,6 +100,7 @@ def pretended_card() -> Iterator[Compiled]:
             (JITFunction, "run", run),
             (torch, "tensor", _empty),
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()),
             (FakeTensor, "pin_memory", lambda x, *_: torch.empty(x.shape, dtype=x.dtype)),
             # These functions would need a device guard for CUDA, which torch without CUDA does not have.

@@ -28,13 +28,16 @@ def test_the_picks_and_weights_of_the_router(device, draw, monkeypatch, num_toke
         x[0] = 0
         router.e_score_correction_bias[: num_experts // 2 + 1] = 9.0
     with torch.no_grad():
-        scores = moe.expert_scores(torch.nn.functional.linear(x, router.weight), router.scoring)
+        logits = torch.nn.functional.linear(x, router.weight)
+        scores = moe.expert_scores(logits, router.scoring)
         monkeypatch.setattr(moe, "has_kernels", lambda _: False)
         want = router(x, tokens)
         given = {"tokens": tokens, "table": router.tid2eid} if hashed else {"bias": router.e_score_correction_bias}
-        got = expert_routing.pick_experts(scores, num_picked, router.scaling, **given)
-    assert torch.equal(got[0], want[0])
-    torch.testing.assert_close(got[1], want[1])
+        of_scores = expert_routing.pick_experts(scores, num_picked, router.scaling, **given)
+        of_logits = expert_routing.pick_experts(logits, num_picked, router.scaling, are_logits=True, **given)
+    for got in (of_scores, of_logits):
+        assert torch.equal(got[0], want[0])
+        torch.testing.assert_close(got[1], want[1])
 
 
 @pytest.mark.parametrize(

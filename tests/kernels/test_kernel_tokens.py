@@ -57,6 +57,24 @@ def test_rows_that_are_left_out_change_no_other(draw, monkeypatch, k):
     assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("k", [128, 40])
+def test_few_rows_have_the_bits_of_many_rows_kernel(draw, monkeypatch, k):
+    x, weights = normal(draw, 3, 2, k, dtype=torch.bfloat16), normal(draw, 2, 70, k, dtype=torch.bfloat16)
+    stack = normal(draw, 4, 70, k, dtype=torch.bfloat16)
+    routing = linear.route(torch.tensor([[1, 3], [1, 0], [1, 2]], device=draw.device), 4)
+
+    def products():
+        inner = linear.multiply_routed(x[:, 0], stack, routing, gathered=True)
+        outer = normal(draw.set_state(state), 4, 24, 70, dtype=torch.bfloat16)
+        return linear.multiply_groups(x, weights), inner, linear.multiply_routed(inner, outer, routing, gathered=False)
+
+    state = draw.get_state()
+    few = products()
+    monkeypatch.setattr(linear, "FEW_ROWS", False)
+    for got, want in zip(few, products(), strict=True):
+        same(got, want)
+
+
 def test_groups_are_multiplied_apart(draw):
     x, weights = normal(draw, 19, 3, 40), normal(draw, 3, 24, 40)
     close(linear.multiply_groups(x, weights), torch.einsum("ngk,gok->ngo", x.double(), weights.double()), 1e-6)
@@ -108,6 +126,32 @@ def test_norm_and_turn(draw, dtype, heads, columns, rope):
     close(got, want * 0.5, BOUND[dtype])
     assert torch.equal(tokens.norm_turn(x[3:4], weight=weight, eps=1e-6, cos=cos if cos is None else cos[3:4],
                                         sin=sin if sin is None else sin[3:4], scale=0.5), got[3:4])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_halves_are_rounded_to_the_models_type_first(draw, dtype):
+    x, angles = normal(draw, 5, 2, 32, dtype=dtype), normal(draw, 5, 4)
+    given = {"eps": 1e-6, "cos": angles.cos(), "sin": angles.sin(), "scale": 0.3}
+    assert torch.equal(tokens.norm_turn(x, halves=True, **given), tokens.norm_turn(x, **given).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixing_in_two_programs_per_token_has_the_bits_of_one(draw, monkeypatch, dtype):
+    streams, fn, base, scale = (
+        normal(draw, 3, 4, 40, dtype=dtype),
+        normal(draw, 24, 160),
+        normal(draw, 24),
+        normal(draw, 3),
+    )
+    norm = normal(draw, 40, dtype=dtype), 1e-6
+
+    def mixed():
+        return tokens.mixed(streams, fn, base, scale, iterations=4, eps=1e-6, norm_eps=1e-6, norm=norm)
+
+    apart = mixed()
+    monkeypatch.setattr(tokens, "_MIX_APART_TOKENS", 2)
+    for got, want in zip(apart, mixed(), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("num_streams", "width"), [(4, 40), (2, 32)])
