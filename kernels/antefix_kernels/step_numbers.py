@@ -27,7 +27,7 @@ class Closing:
     """The groups of one kind that a step closes, each [S] int32.
 
     slots: of their entries; -1 where a sequence closes none.  closes: 1 where it closes one.  first_rows: the first row
-    of the group in its seat's tail.  prior_rows: -1 - seat.  visible: how many entries a sequence sees.
+    of the group in its seat's tail.  prior_rows: -1 - seat.  visible: how many entries are visible to a sequence.
     """
 
     slots: torch.Tensor
