@@ -11,9 +11,9 @@ that a sudden overload is not let in whole. A tenant with no waiting request is 
 refused before as many wait as the workers run at once, so a few dozen clients that each wait for their answer are no
 overload. From then on fewer may wait, until the queue has been short for some seconds.
 
-A request that has much work of its own does not count as waiting: workers let short requests pass it, and its own limit
-is --ttft-s-max. A refusal costs almost nothing. A request that is accepted and then abandoned by an impatient client
-costs as much as an answer.
+A request with much more work of its own than others does not count as waiting: workers let short requests pass it, and
+its own limit is --ttft-s-max. A refusal costs almost nothing. A request that is accepted and then abandoned by an
+impatient client costs as much as an answer.
 
 A short burst is not an overload: a queue that is new may have twice the wait of a queue that lasts.
 """
@@ -56,8 +56,12 @@ _EXPECTED_S: Final = 1.0
 _MEASURED_S: Final = 3.0
 # A queue keeps workers busier than single requests do.
 _EXPECTED_FACTOR: Final = 1.5
-# A request whose own work takes more than this part of the longest wait does not count as waiting.
+# A request does not count as waiting if its own work takes more than this part of the longest wait, and more than this
+# many times the usual work. (A usual request counts however slow a busy worker is.)
 _LONG_PART: Final = 0.5
+_LONG_TIMES: Final = 4.0
+# The weight of the newest request in the usual work, a geometric mean.
+_USUAL_WEIGHT: Final = 0.1
 # At most this many refusals per second are answered at once for each tenant. Further ones are answered later, because a
 # client that asks again at once would otherwise keep the router busy with refusals.
 REFUSALS_PER_S: Final = 64.0
@@ -101,6 +105,8 @@ class LoadShedding:
         # Requests without a first token: those that count, by tenant, and those with much work of their own.
         self._waiting: Counter[str] = Counter()
         self._num_long = 0
+        # The natural logarithm of the usual work of a request, in seconds; None: not known.
+        self._usual_log_s: float | None = None
         # What was served while requests queued, and while any request waited.
         self._in_queue = _Seen()
         self._in_any = _Seen()
@@ -226,6 +232,13 @@ class LoadShedding:
             # A tenant with less than this no longer matters, and tenants' names come from callers.
             self._served = {name: num * factor for name, num in self._served.items() if num * factor > 0.1}
 
+    def _is_long(self, own_s: float) -> bool:
+        """Whether this is much more work than usual. Counts the request among the usual ones."""
+        log_s = math.log(max(own_s, 1e-6))
+        usual = log_s if self._usual_log_s is None else self._usual_log_s
+        self._usual_log_s = usual + _USUAL_WEIGHT * (log_s - usual)
+        return own_s > _LONG_PART * self.wait_s_max and log_s > usual + math.log(_LONG_TIMES)
+
     def _leave(self, tenant: str, *, is_served: bool) -> None:
         self._pass()
         self._in_any.num_served += is_served
@@ -247,11 +260,12 @@ class _Place:
 
     def note_own_work(self, seconds: float) -> None:
         shedding = self._shedding
-        if shedding is None or self._is_long or seconds <= _LONG_PART * shedding.wait_s_max:
+        if shedding is None or self._is_long:
             return
-        self._is_long = True
-        shedding._leave(self._tenant, is_served=False)
-        shedding._num_long += 1
+        if shedding._is_long(seconds):
+            self._is_long = True
+            shedding._leave(self._tenant, is_served=False)
+            shedding._num_long += 1
 
     def leave(self, *, is_served: bool = False) -> None:
         shedding, self._shedding = self._shedding, None

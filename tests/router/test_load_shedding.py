@@ -247,15 +247,26 @@ def test_a_modest_tenants_requests_are_not_refused_for_a_greedy_ones_queue(crowd
 def test_prompts_with_much_work_of_their_own_keep_nobody_out_and_are_counted(crowd):
     clock = Clock()
     shedding = LoadShedding(2.0, lambda: 1, clock=clock)
-    for _ in range(2 * FREE_PER_WORKER):
+    for number in range(FREE_PER_WORKER - 1):
+        for own_s in (0.01, 60.0, 90.0)[: 3 if number else 1]:
+            crowd(shedding, "a")
+            note_own_work(own_s)
+            clock.now_s += 1
+    assert (shedding.num_refused, shedding.num_waiting) == (0, 3 * FREE_PER_WORKER - 5)
+    crowd(shedding, "a")
+    with pytest.raises(Overloaded):
         crowd(shedding, "a")
-        note_own_work(60.0)
-        clock.now_s += 1
-    for _ in range(BUSY_PER_WORKER):
+
+
+def test_usual_prompts_count_as_waiting_however_slow_a_busy_worker_is(crowd):
+    clock = Clock()
+    shedding = LoadShedding(2.0, lambda: 1, clock=clock)
+    for number in range(FREE_PER_WORKER):
         crowd(shedding, "a")
-        note_own_work(0.01)
+        note_own_work(0.5 * 1.07**number)
         clock.now_s += 1
-    assert (shedding.num_refused, shedding.num_waiting) == (0, 2 * FREE_PER_WORKER + BUSY_PER_WORKER)
+    with pytest.raises(Overloaded):
+        crowd(shedding, "a")
 
 
 def test_clients_that_ask_again_at_once_get_their_refusals_later(crowd):
