@@ -42,6 +42,7 @@ from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.spread import median_interval, over_neighbours, with_spread
+from benchmarks.store_cold import measure_cold
 from benchmarks.store_limits import (
     DIRECT_READERS,
     WARM_READERS,
@@ -61,10 +62,11 @@ BLOCK_TOKENS = 128
 BATCH_BLOCKS = 128
 # A remote restore of this many blocks takes about as long as a short disturbance on a shared machine lasts.
 REMOTE_BLOCKS = 512
-WARM_ROUNDS = 6
+WARM_ROUNDS = 12
 CLIENT_ROUNDS = 5
 IN_TURN_BLOCKS = 512
 IN_TURN_ROUNDS = 40
+COLD_ROUNDS = 20
 FINGERPRINT = b"F" * 32
 MIB = 1 << 20
 Array = Any
@@ -271,6 +273,28 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
     }
 
 
+def restore_next_to_readers(directory: Path, payloads: Array, rounds: int) -> dict[str, float | str]:
+    """Cold restores of `payloads` and every reader of the disk in turn, in short rounds."""
+    place, names, into = directory / "cold-in-turn", chain(len(payloads), salt=5), pool_like(payloads)
+    place.mkdir()
+    tell(f"cold restores next to each reader of the disk, {rounds} short rounds in turn")
+    raw_write(place / "raw.bin", payloads, BATCH_BLOCKS)
+    engine = StorageEngine(config_of(place / "store"))
+    put_all(engine, records(names, payloads))
+    views = [row.data for row in into]
+
+    def read_blocks() -> int:
+        return engine.reader.read_blocks(names.hashes, views, fingerprint=FINGERPRINT).num_good
+
+    found = measure_cold(
+        place / "store" / "segments", read_blocks, len(payloads), place / "raw.bin", rounds, with_fio=has_fio()
+    )
+    assert np.array_equal(into, payloads)
+    engine.close()
+    shutil.rmtree(place)
+    return found
+
+
 def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) -> dict[str, float]:
     """Durable puts and fio's `writer` in turn. Rounds are short, because a disk that is shared has slow seconds."""
     place = directory / "in-turn"
@@ -328,9 +352,6 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out = {f"{name}_gb_per_s": statistics.median(found) / 1e9 for name, found in values.items()}
     out["restore_ratio"] = ratio(values, "restore", *direct)
     out["put_ratio"] = ratio(values, "put", "raw_write")
-    if readers := [name for name in values if name.startswith("fio_read")]:
-        # The best reader may be fio or one of Python's readers.
-        out |= with_spread("restore_over_best_reader", ratios(values, "restore", *readers, *direct))
     out |= with_spread("warm_ratio", ratios(values, "warm", *pread))
     out |= with_spread("warm_uncompiled_ratio", ratios(values, "warm_uncompiled", *pread))
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
@@ -403,7 +424,7 @@ def main() -> None:
 
 def measure(
     directory: Path, layout: BlockLayout, payloads: Array, peers: Sequence[str], args: argparse.Namespace
-) -> dict[str, float]:
+) -> dict[str, Any]:
     found = measure_disk(
         directory,
         payloads,
@@ -411,10 +432,11 @@ def measure(
         lambda place, source: [Peer(args.peers, peer, place / peer, source, payloads.shape) for peer in peers],
     )
     coded_ratio = measure_coded(directory, layout, payloads, found)
-    in_turn: dict[str, float] = {}
+    in_turn: dict[str, Any] = {}
     if writers := [name for name in found.values if name in WRITERS]:
         best = max(writers, key=lambda name: statistics.median(found.values[name]))
         in_turn = put_next_to_fio(directory, payloads[:IN_TURN_BLOCKS], best, IN_TURN_ROUNDS)
+    in_turn |= restore_next_to_readers(directory, payloads[:IN_TURN_BLOCKS], COLD_ROUNDS if args.long else 4)
     tell("remote restore")
     part = payloads[:REMOTE_BLOCKS]
     names = chain(len(part))
