@@ -51,7 +51,7 @@ class HostIntegers:
         self._target.copy_(self._hosts[turn], non_blocking=True)
         if self._is_card:
             event = self._copied[turn] = self._copied[turn] or torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._target.device))
 
 
 class HostRows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from antefix.model.host_rows import HostRows
+from antefix.model.host_rows import HostIntegers, HostRows
 
 
 def rows() -> torch.Tensor:
@@ -57,3 +57,14 @@ def test_rows_are_lent_without_a_copy() -> None:
     first, again = host.landing([2])[0], host.landing([2])[0]
     first[0] = 77
     assert np.asarray(again)[0] == 77
+
+
+def test_integers_of_steps_are_sent_in_turn_and_filled_with_zeros():
+    target = torch.full((3, 4), 9, dtype=torch.int32)
+    inputs = HostIntegers(target)
+    for size in ((3, 4), (2, 3), (1, 4), (3, 4)):
+        given = np.arange(1, 1 + size[0] * size[1], dtype=np.int32).reshape(size)
+        inputs.send(given)
+        want = np.zeros((3, 4), np.int32)
+        want[: size[0], : size[1]] = given
+        assert (target.numpy() == want).all()
