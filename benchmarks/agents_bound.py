@@ -5,7 +5,8 @@
 The work is that of `benchmarks.agents`: an answer of `--output` tokens needs the prefill of the `--rest` tokens after a
 hit, and a share in decode steps. There is no service, no store and no client. Times are processor time, the minimum of
 `--repeats`. "Together" means that every step has all conversations, and that `--cores` processes share the work
-without a loss. "Alone" is one conversation: its prefill runs first, then its steps, and one thread computes both.
+without a loss. "Alone" is one conversation: its prefill runs first, then its steps, and one thread computes both. The
+ratio "with free steps" leaves the prefills of all conversations, and takes their decode steps for free.
 """
 
 from __future__ import annotations
@@ -63,13 +64,21 @@ def main() -> None:
     share = prefill / args.output
     many = args.cores / (share + together / args.conversations)
     one = 1 / (share + alone)
+    free_steps = args.cores / share
     print(f"compiled kernels: {compiled}; prefill of {args.rest} tokens {prefill * 1e3:.0f} ms; a step of 1 "
           f"{alone * 1e3:.1f} ms, of {args.conversations} {together * 1e3:.1f} ms")  # fmt: skip
     print(f"tokens/s at most: {many:.0f} with {args.conversations} conversations, {one:.0f} with one: "
-          f"{many / one:.1f} times")  # fmt: skip
+          f"{many / one:.1f} times; {free_steps / one:.1f} times with free steps")  # fmt: skip
     if args.out is not None:
-        figures = {"prefill_s": prefill, "step_of_one_s": alone, "step_of_all_s": together, "many_tokens_per_s": many,
-                   "one_tokens_per_s": one}  # fmt: skip
+        figures = {
+            "prefill_s": prefill,
+            "step_of_one_s": alone,
+            "step_of_all_s": together,
+            "many_tokens_per_s": many,
+            "one_tokens_per_s": one,
+            "times_one": many / one,
+            "free_steps_times_one": free_steps / one,
+        }
         fields = ("conversations", "tokens", "rest", "output", "cores", "repeats")
         write(args.out, {**{name: getattr(args, name) for name in fields}, "compiled": compiled, **figures}, "torch")
 
