@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from antefix_kernels.decode_attention_hopper import ROPE_PAIRS, H, _exp2, _halves, _queries, _whole, _write
 from antefix_kernels.tiles_hopper import HALF, N
 
+# The same call before and after Triton 3.9's change of names.
+bring = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 # Threads of the copier, each of which arrives when its copies are complete.
 COPYING = gl.constexpr(128)
 
@@ -68,10 +70,10 @@ def _copier(values, indices, lens, firsts, counts, queries, items, head_tiles, k
             row = _rows(tile + 1, compressed, first, listed, picked, rows, SELECTED, WINDOW, each)
             # The right half is free first. Those who wait for the copies do the fence.
             mbarrier.wait(empty_right.index(buffer), ((copied // 2) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(right.index(buffer), at + HALF)
+            bring(right.index(buffer), at + HALF)
             async_copy.mbarrier_arrive(full_right.index(buffer), increment_count=False)
             mbarrier.wait(empty_left.index(buffer), ((copied // 2) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(left.index(buffer), at)
+            bring(left.index(buffer), at)
             async_copy.mbarrier_arrive(full_left.index(buffer), increment_count=False)
             copied += 1
 
