@@ -115,7 +115,7 @@ class StrictProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         was_waiting, before = self._is_between(), self.cycle
-        if was_waiting and not self.conn.trailing_data[0]:
+        if was_waiting and not self.conn.trailing_data[0] and not self._is_answered_early():
             # The time limit runs from a head's first byte. Later bytes of the head do not restart it.
             self._wait_for_head(self.http_connections.head_s)
         super().data_received(data)
@@ -133,8 +133,8 @@ class StrictProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         if self._is_counted:
             self.http_connections.idle(self)
-        if self.conn.trailing_data[0]:
-            # The next head has begun already.
+        if self.conn.trailing_data[0] or self._is_answered_early():
+            # The next head has begun already, or the client has so long to end a body that nobody reads.
             self._wait_for_head(self.http_connections.head_s)
         super().on_response_complete()
         # The unsent rest of a closed connection would wait for its reader without end.
@@ -150,6 +150,10 @@ class StrictProtocol(H11Protocol):
     def _is_between(self) -> bool:
         """Whether no request is in progress on the connection."""
         return self.cycle is None or self.cycle.response_complete
+
+    def _is_answered_early(self) -> bool:
+        """Whether the body of a request that has its answer is still coming."""
+        return self.conn.their_state is h11.SEND_BODY
 
     def _wait_for_head(self, seconds: float) -> None:
         self._stop_waiting()
