@@ -19,7 +19,7 @@ from antefix_prefill.worker.compute_thread import (
     compute_for,
     uninterrupted,
 )
-from tests.waiting import AT_MOST_S
+from tests.waiting import AT_MOST_S, wait_until
 
 
 async def test_cancellation_waits_for_the_work_in_hand():
@@ -91,8 +91,10 @@ async def test_a_chunk_that_has_waited_goes_before_shorter_ones_that_have_not(mo
         clock[0] += 0.1
         # The next chunk is chosen only when the client of the last short one has asked again.
         others = 4 - (kind == "short")
-        while len(waited["replay"]) < 24 and sum(job.remaining == 200 for job in thread._chunks) < others:
-            time.sleep(0.0001)
+        wait_until(
+            lambda: len(waited["replay"]) >= 24 or sum(job.remaining == 200 for job in thread._chunks) >= others,
+            "short chunks",
+        )
 
     async def client():
         while len(waited["replay"]) < 24:  # short hits come without end
