@@ -24,8 +24,11 @@ from antefix_kvstore.object_config import ObjectUploadConfig, check_object_uploa
 MIB = 1 << 20
 GIB = 1 << 30
 # Segments are small enough that dropping one frees only a small part of the budget. The smaller they are, the more
-# often a whole segment is dead and nothing is copied (docs/results/store.md, "Eviction and compaction").
+# often a whole segment is dead and nothing is copied (docs/results/store.md, "Eviction and compaction"). But a record
+# must fit a segment, so small stores have fewer and larger ones.
 SEGMENTS_PER_BUDGET = 64
+SEGMENTS_PER_SMALL_BUDGET = 32
+SEGMENT_BYTES_OF_SMALL_BUDGETS = 8 * MIB
 BUDGET_BYTES_MIN = MIB
 
 
@@ -43,7 +46,9 @@ class KvStoreConfig(ObjectUploadConfig):
         0, "bytes to leave free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
     )
     segment_bytes: int = setting(
-        0, "size at which a segment is closed; 0 means budget / 64, at most 256 MiB", unit="bytes"
+        0,
+        "size at which a segment is closed; 0: budget / 64, at most 256 MiB (small stores: / 32, at most 8 MiB)",
+        unit="bytes",
     )
     tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
     quotas: tuple[str, ...] = setting(
@@ -151,7 +156,9 @@ class KvStoreConfig(ObjectUploadConfig):
 
     @property
     def segment_bytes_in_force(self) -> int:
-        return self.segment_bytes or max(64 << 10, min(256 * MIB, self.budget_bytes // SEGMENTS_PER_BUDGET))
+        small = min(SEGMENT_BYTES_OF_SMALL_BUDGETS, self.budget_bytes // SEGMENTS_PER_SMALL_BUDGET)
+        usual = min(256 * MIB, self.budget_bytes // SEGMENTS_PER_BUDGET)
+        return self.segment_bytes or max(64 << 10, small, usual)
 
     @property
     def record_bytes_max(self) -> int:

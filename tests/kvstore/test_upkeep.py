@@ -17,6 +17,7 @@ from antefix_kvstore import check_store as fsck
 from antefix_kvstore import describe_store as inspect
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.kvstore_config import GIB, MIB, SEGMENTS_PER_BUDGET, KvStoreConfig
 from antefix_kvstore.registration import register_fingerprint
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
@@ -188,9 +189,17 @@ def test_several_segments_are_compacted_by_one_sync_and_one_commit(
     assert [prompt.check(engine) for prompt in kept] == [1] * 4
 
 
+@pytest.mark.parametrize(
+    ("budget", "segment"),
+    [(16 * MIB, MIB // 2), (256 * MIB, 8 * MIB), (512 * MIB, 8 * MIB), (GIB, 16 * MIB), (64 * GIB, 256 * MIB)],
+)
+def test_segments_are_small_but_hold_the_records_of_small_stores(budget: int, segment: int) -> None:
+    assert KvStoreConfig(budget_bytes=budget).segment_bytes_in_force == segment
+
+
 def test_a_full_store_copies_little_for_what_it_stores(open_engine: OpenEngine, clock: Clock) -> None:
     # Four conversations per put, and eight used again, as in benchmarks/store_upkeep.py with a 16th of the bytes.
-    engine = open_engine(budget_bytes=32 << 20)
+    engine = open_engine(budget_bytes=32 << 20, segment_bytes=(32 << 20) // SEGMENTS_PER_BUDGET)
     random, leaves = Random(1), []
     for number in range(250):
         prompts = [Prompt([4 * number + more] * BLOCK * 4, payload_bytes=28 << 10) for more in range(4)]
