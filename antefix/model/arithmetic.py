@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -47,6 +48,8 @@ from antefix.model.setup import Setup, setup_of
 TIME_S_MAX: Final = 30.0
 # Of wider products only this many columns are probed: a 129,280-token vocabulary would take gigabytes.
 COLUMNS_MAX: Final = 8192
+# Must change whenever a kernel for attention or routing computes other bits.
+KERNELS_REVISION: Final = 2
 _PAIRS: Final = 19
 _PAIR_CUTS: Final = ((0, 1), (7, 1), (5, 2), (3, 16))
 _DIGITS: Final = 10
@@ -102,8 +105,7 @@ def probe(
     steps = list(steps_of(model))
     prefix = arithmetic_of(str(model.device), str(model.dtype).removeprefix("torch."), reproducible=reproducible)
     is_card = setup.card != ""
-    # A GPU's attention kernels are not probed; instead the name says which kernels are used.
-    salt = f"{setup.card} kernels {kernels}" if is_card else ""
+    salt = f"{setup.card} kernels {kernels}{_unprobed_kernels(model.device)}" if is_card else ""
     num_cards = model.ranks.size if is_card and model.ranks is not None else 1
     if num_cards > 1:
         salt += f" of {num_cards} ranks"
@@ -130,6 +132,15 @@ def probe(
     measured = replace(checked, name=name, setup=setup.text)
     arithmetic_cache.save(cache_dir, key, sample, measured)
     return measured
+
+
+def _unprobed_kernels(device: torch.device) -> str:
+    """A GPU's kernels for attention and routing are not probed. Instead the name says which of them run."""
+    if device.type != "cuda" or importlib.util.find_spec("antefix_kernels") is None:
+        return ""
+    from antefix_kernels import hopper
+
+    return f" {KERNELS_REVISION}{' for Hopper' if hopper.available(torch.empty(0, device=device)) else ''}"
 
 
 def steps_of(model: Model) -> Iterator[Step]:

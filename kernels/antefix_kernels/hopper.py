@@ -2,7 +2,7 @@
 Triton that has Gluon.
 
 On such a GPU the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
-compute the same results.
+compute the same results, but for the last bits.
 """
 
 from __future__ import annotations

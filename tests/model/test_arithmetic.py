@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from antefix.block import check_arithmetic
 from antefix.errors import InvalidRequest
-from antefix.model import arithmetic_cache, numerics, probe
+from antefix.model import arithmetic, arithmetic_cache, numerics, probe
 from antefix.model.arithmetic import COLUMNS_MAX, steps_of
 from antefix.model.probe_steps import numbers
 from antefix.model.setup import Setup, setup_of
@@ -247,6 +247,25 @@ def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
     }
     assert len(names | {probe(model, time_s_max=0.0).name}) == 5
     assert any("attention, index and compressor kernels" in text for text in probe(model, setup=setups[0]).unproved)
+
+
+def test_the_attention_kernels_of_a_card_are_part_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from antefix_kernels import hopper
+
+    model, card, names = make("plain"), Setup(processor="", libraries="", threads=1, card="H200 9.0"), set()
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for has_roles in (False, True):
+        monkeypatch.setattr(hopper, "available", lambda _, has_roles=has_roles: has_roles)
+        names.add(arithmetic._unprobed_kernels(torch.device("cuda")))
+    monkeypatch.setattr(arithmetic, "KERNELS_REVISION", arithmetic.KERNELS_REVISION + 1)
+    names.add(arithmetic._unprobed_kernels(torch.device("cuda")))
+    monkeypatch.undo()
+    assert len(names) == 3
+    found = []
+    for name in names:
+        monkeypatch.setattr(arithmetic, "_unprobed_kernels", lambda _, name=name: name)
+        found.append(probe(model, setup=card, kernels="triton", time_s_max=0.0).name)
+    assert len(set(found)) == 3
 
 
 def test_on_a_card_only_what_runs_there_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
