@@ -346,7 +346,7 @@ class Scheduler:
 
     async def store_end(self, running: Running) -> None:
         """This method must be called when the output has ended: it stores the output's last checkpoint and waits until
-        all of the output is durable.
+        all of the output is durable, or the store is late.
         """
         await store_end(self._engine, running)
 

@@ -452,7 +452,7 @@ class StorageEngine:
             raise IndexDamaged("the store's files were harmed; it accepts records again after the repair")
 
     def note_damage(self, what: str) -> None:
-        """Notes that the index is damaged, so that it is soon rebuilt from the segments."""
+        """Note that the index is damaged, so that it is soon rebuilt from the segments."""
         self._damage = self._damage or what
 
     def _telling(self) -> AbstractContextManager[None]:

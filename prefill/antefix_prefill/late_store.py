@@ -137,8 +137,8 @@ async def restore_in_time(engine: Engine, prompt: Prompt, writer: RecordWriter) 
     try:
         is_in_time = await rival.watch.ended_in_time(restoring)
     except asyncio.CancelledError:
-        await _cancel(restoring, rival.watch)
         _drop(engine, restoring)
+        await _cancel(restoring, rival.watch)
         raise
     if is_in_time:
         return restoring.result(), None
@@ -189,9 +189,9 @@ async def load_in_time(engine: Engine, prompt: Prompt, num_blocks: int, report: 
         if await watch.ended_in_time(loading):
             return loading.result()
     except asyncio.CancelledError:
-        await _cancel(loading, watch)
         loading.add_done_callback(release)
         engine.patience.keep(loading)
+        await _cancel(loading, watch)
         raise
     engine.counters.note_late(COMPUTED)
     loading.add_done_callback(release)

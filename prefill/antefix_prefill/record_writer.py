@@ -61,8 +61,11 @@ class RecordWriter:
         self._room = asyncio.Event()
         self._room.set()
         self._broken = False
+        # A record was left out because the store was late, so later ones would lack their parent.
+        self._is_cut = False
         self._closing = False
         self._task: asyncio.Task[None] | None = None
+        self._is_kept = False
         # The grant of this writer's request: the one loop of a decode worker puts records of all requests.
         self._grant = held()
         self.num_blocks_written = 0
@@ -75,10 +78,10 @@ class RecordWriter:
         """Queue one record. The call waits only if too many records are pending, and the store is not late. If the
         window pool refuses the checkpoint, it goes to disk.
         """
-        if not self._writes or (self._broken and tier is Tier.DISK):
+        if not self._writes or ((self._broken or self._is_cut) and tier is Tier.DISK):
             return
         if not await self._has_room():
-            self._broken = True
+            self._is_cut = True
             self.error = self.error or "the store is late, and too many records wait for it"
             return
         self._queue.append((record, tier if self._pool is not None else Tier.DISK))
@@ -150,8 +153,10 @@ class RecordWriter:
             self._task.result()
             return True
         self.error = self.error or "the store was late; records were written after the answer, if it took them"
-        self._counters.note_late(WRITTEN_LATER)
-        self._patience.keep(self._task)
+        if not self._is_kept:  # a decode output asks twice
+            self._is_kept = True
+            self._counters.note_late(WRITTEN_LATER)
+            self._patience.keep(self._task)
         return False
 
     def when_over(self, do: Callable[[], object]) -> None:

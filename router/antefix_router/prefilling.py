@@ -110,7 +110,8 @@ class Prefilling:
             stored = await self._look_up(prompt, request.request_id, ask=patience is not None)
             num_stored = stored.num_blocks
             work = prompt.work(num_stored, located=stored.located)
-            note_own_work((work.num_tokens - (work.stored_tokens or 0)) / self._calls.tokens_per_s())
+            if num_stored is not None and patience is None:
+                note_own_work((work.num_tokens - (work.stored_tokens or 0)) / self._calls.tokens_per_s())
             # 2. If few tokens are uncached, the decode worker computes them and needs no handoff. It then keeps no
             # breakpoints and serves one output only. If the store does not answer, it would lose the handoff too, and
             # the prompt would be computed twice.
