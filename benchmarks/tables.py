@@ -258,6 +258,18 @@ def limits(record: Any) -> Iterable[Row]:
         yield name, f"{record[key]:.{digits}f}", *((" to ".join(spread),) if has_spread else ()), limit
 
 
+@table("store_clients.json", "kvstore/antefix_kvstore", "antefix/store_files", "antefix/store")
+def many_clients(record: Any) -> Iterable[Row]:
+    yield "", "figure", "half of the rounds lie in", "wanted"
+    found = record["ratios"] | record
+    for name, key, digits, limit in _LIMITS:
+        if key.startswith("clients_"):
+            value, low, high = (
+                f"{found[key.removeprefix('clients_') + end]:.{digits}f}" for end in ("", "_low", "_high")
+            )
+            yield name, value, f"{low} to {high}", limit
+
+
 @table("cpu_peers.json", "antefix/model")
 def threads_next_to_transformers(record: Any) -> Iterable[Row]:
     yield (
