@@ -63,7 +63,7 @@ BATCH_BLOCKS = 128
 # A remote restore of this many blocks takes about as long as a short disturbance on a shared machine lasts.
 REMOTE_BLOCKS = 512
 WARM_ROUNDS = 12
-CLIENT_ROUNDS = 5
+CLIENT_ROUNDS = 7
 IN_TURN_BLOCKS = 512
 IN_TURN_ROUNDS = 40
 COLD_ROUNDS = 20
