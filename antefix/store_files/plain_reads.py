@@ -25,6 +25,7 @@ from antefix.record import RecordKind
 from antefix.store_files.checked_copy import SUMS_BYTES, CheckedReads, Rows, reads_if_ready, rows_of
 from antefix.store_files.header_columns import HEADER
 from antefix.store_files.index import TABLE_OF_KIND, Index
+from antefix.store_files.read_ahead import Stretch
 from antefix.store_files.read_runs import records_per_run
 from antefix.store_files.record_format import (
     CHECK_OFFSET,
@@ -84,13 +85,14 @@ class Places:
 
 class Run(NamedTuple):
     """Adjacent blocks that one preadv reads.  parts: the buffers, for headers and payloads in alternation; empty: not
-    made yet, because machine code comes first.
+    made yet, because machine code comes first.  stretch: the bytes of the file that this run and its neighbours read.
     """
 
     first: int
     end: int
     segment: int
     parts: Sequence[memoryview] = ()
+    stretch: Stretch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,8 @@ class PlainReads:
         the core's caches. Hashing releases Python's lock, for which other threads wait.
         """
         fd, first, seals = wanted.files[run.segment].fd, run.first, self._seals
+        if run.stretch is not None and not run.stretch.begin(fd, int(wanted.places.offset[first])):
+            return False
         if wanted.compiled is not None and wanted.rows is not None:
             first += wanted.compiled.read(fd, wanted.rows, first, run.end, seed)
         if first < run.end and not _read_then_hash(wanted, run, first, fd):
@@ -280,11 +284,11 @@ def _runs(places: Places, num_threads: int) -> Iterator[Run]:
     # The last runs are shorter and shorter, so that no thread ends much before the others.
     shortest = max(1, step // _LAST_RUNS_SHORTER)
     for gap in (*(np.flatnonzero(is_gap) + 1).tolist(), len(places)):
-        segment = int(places.segment[first])
+        segment, stretch = int(places.segment[first]), Stretch(int(following[gap - 1]))
         while first < gap:
             evenly = (len(places) - first) // (2 * num_threads)
             end = min(first + max(shortest, min(step, evenly)), gap)
-            yield Run(first, end, segment)
+            yield Run(first, end, segment, stretch=stretch)
             first = end
 
 
@@ -294,7 +298,7 @@ def _with_parts(runs: Sequence[Run], places: Places, heads: memoryview, into: Se
     for run in runs:
         # Padding is read with the header after it, so there is none before the first header.
         parts[2 * run.first] = parts[2 * run.first][-RECORD_HEADER_BYTES:]
-    return [Run(run.first, run.end, run.segment, parts[2 * run.first : 2 * run.end]) for run in runs]
+    return [run._replace(parts=parts[2 * run.first : 2 * run.end]) for run in runs]
 
 
 def _parts(places: Places, heads: memoryview, into: Sequence[memoryview], first: int, end: int) -> list[memoryview]:
