@@ -17,13 +17,14 @@ class Outcome:
 
     seconds: how long requests were sent.  answered_s: from the first request to the last good answer, which may come
     after the last request was sent.  waits: of each request, when it was sent since the first one, and its latency;
-    infinity if there was no good answer.
+    infinity if there was no good answer.  other_cpu_s: processor time of programs outside the measurement meanwhile.
     """
 
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     answered_s: float = 0.0
     client_cpu_s: float = 0.0
+    other_cpu_s: float = 0.0
     waits: list[tuple[float, float]] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
 
@@ -54,6 +55,8 @@ class Outcome:
             "p99_ms": round(1000 * self.p99_s) if found else None,
             # The share of one core that the clients took from the measured processes.
             "clients_cpu": round(self.client_cpu_s / max(self.seconds, 1e-9), 3),
+            # Cores that programs outside the measurement used: if it is not small, the figures are not the system's.
+            "others_cpu": round(self.other_cpu_s / max(self.seconds, 1e-9), 3),
             "statuses": {str(status): number for status, number in sorted(self.statuses.items())},
         }
 

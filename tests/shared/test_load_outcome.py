@@ -7,6 +7,7 @@ import time
 import pytest
 
 from benchmarks.load_outcome import Outcome, back
+from benchmarks.other_load import OtherLoad
 from benchmarks.overload import Door, highest
 
 
@@ -47,6 +48,7 @@ class Held(Door):
 
     def __init__(self):
         self.may = asyncio.Event()
+        self.other_load = OtherLoad(tuple)
 
     async def ask(self, outcome, **_):
         sent_at = time.monotonic()
