@@ -1,9 +1,10 @@
 """Runs a prompt: restores what is stored, computes the rest in chunks, writes what is new.
 
-Chunks end at multiples of `prefill_chunk`, counted from token 0 (never from the hit), and at each position where a
-checkpoint is to be written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness").
-If results depend on it, as in reproducible mode, the blocks of a prompt's unfinished last chunk serve only this prompt
-and are not stored.
+Chunks end at multiples of `prefill_chunk`, counted from token 0 (never from the hit). On a CPU results do not depend on
+where chunks end (docs/ARCHITECTURE.md, "Exactness"), so the window state at a checkpoint's position is copied on the
+way: the fixed cost of a call of its own is as much as that of 64 tokens. Elsewhere chunks also end at each position
+where a checkpoint is to be written. If results depend on where chunks end, as in reproducible mode, the blocks of a
+prompt's unfinished last chunk serve only this prompt and are not stored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.errors import InternalError, NotFinite, Overloaded
-from antefix.model import Ran, Sequence, follow_ran, run_tokens
+from antefix.model import Ran, Sequence, WindowState, follow_ran, run_tokens
 from antefix.model.finite import are_numbers
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
@@ -29,6 +30,9 @@ from antefix_prefill.restore import Prompt, Restored
 from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.plan_log import PlanOutcome
+
+# A chunk holds at most so many window states until they are written.
+_STATES_MAX = 4
 
 
 @dataclass(slots=True)
@@ -143,16 +147,20 @@ async def _compute(
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
         with span("prefill chunk", first=first, num_tokens=stop - first):
-            piece = _Piece(engine, sequence, tokens, new, is_last)
+            passed = [position for position in sorted(marks) if first < position < stop]
+            piece = _Piece(engine, sequence, tokens, new, is_last, [position - first for position in passed])
             with model_step(first):
-                logits, payloads = await _run_piece(piece, prompt.num_tokens - first, begun)
+                done = await _run_piece(piece, prompt.num_tokens - first, begun)
+        logits = done.logits
         for index in range(first // engine.block_size, last):
             if late is not None:
                 late.publish(index, sequence.block_table[index])
             else:
                 publish_block(engine, prompt, index, sequence.block_table[index])
-        for index, payload in zip(new, payloads, strict=True):
+        for index, payload in zip(new, done.payloads, strict=True):
             await writer.put(block_record(engine, prompt, index, payload))
+        for position, window in zip(passed, done.windows, strict=True):
+            await leave_checkpoint(engine, prompt, window, marks[position], writer)
         if mark := marks.get(stop):
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     if late is not None:
@@ -166,7 +174,9 @@ async def _compute(
 
 def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
     grid = (first // engine.prefill_chunk + 1) * engine.prefill_chunk
-    stop = min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
+    num_passed = _STATES_MAX if engine.align_tokens == 1 and engine.device.type == "cpu" else 0
+    ends = sorted(position for position in marks if position > first)[num_passed : num_passed + 1]
+    stop = min([prompt.num_tokens, grid, *ends])
     # Where bits depend on shapes, a chunk must be as long as in any other run of the prompt.
     return first + engine.compute.chunk_tokens_max(stop - first) if engine.align_tokens == 1 else stop
 
@@ -185,7 +195,7 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """new: blocks whose payloads are wanted. is_last: whether the chunk has the prompt's last token, whose logits are
-    wanted.
+    wanted. passed: after how many of its tokens, in ascending order, the window state is wanted too.
     """
 
     engine: Engine
@@ -193,10 +203,16 @@ class _Piece:
     tokens: npt.NDArray[np.uint32]
     new: range
     is_last: bool
+    passed: list[int]
 
 
-# The last token's logits, if they are wanted, and the payloads of the piece's new blocks.
-_PieceResult = tuple[npt.NDArray[np.float32] | None, list[memoryview]]
+@dataclass(frozen=True, slots=True)
+class _PieceResult:
+    """logits: the last token's, if they are wanted. payloads: of the piece's new blocks. windows: those wanted."""
+
+    logits: npt.NDArray[np.float32] | None
+    payloads: list[memoryview]
+    windows: list[WindowState]
 
 
 async def _run_piece(piece: _Piece, remaining: int, began: float) -> _PieceResult:
@@ -224,17 +240,29 @@ def _run_pieces(pieces: list[_Piece]) -> list[_PieceResult | Exception]:
 
 
 def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
-    engine, sequence, tokens = piece.engine, piece.sequence, piece.tokens
-    ran.keep(number)
-    if engine.model.mtp:
-        follow_ran(engine.model, ran, number, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
+    engine, sequence = piece.engine, piece.sequence
+    windows = []
+    for count in piece.passed:
+        _keep(piece, ran, number, count)
+        windows.append(sequence.window.clone())
+    _keep(piece, ran, number, len(piece.tokens))
     logits: npt.NDArray[np.float32] | None = ran.logits[number].float().cpu().numpy() if piece.is_last else None
     # Without new blocks the host does not wait for the GPU: it prepares the next chunk while this one runs.
     block_ids = [sequence.block_table[index] for index in piece.new]
     payloads = engine.pool.payloads(block_ids) if piece.new else []
     if engine.pool.unusable(block_ids) or (logits is not None and not are_numbers(logits)):
         raise not_finite(sequence.position)
-    return logits, payloads
+    return _PieceResult(logits, payloads, windows)
+
+
+def _keep(piece: _Piece, ran: Ran, number: int, count: int) -> None:
+    """Advance the sequence until the piece's first `count` tokens are kept."""
+    engine, window = piece.engine, piece.sequence.window
+    before = window.position
+    ran.keep(number, count)
+    if engine.model.mtp:
+        new = piece.tokens[count - (window.position - before) : count]
+        follow_ran(engine.model, ran, number, window, new, stop=count, ops=engine.ops)
 
 
 def not_finite(position: int) -> NotFinite:

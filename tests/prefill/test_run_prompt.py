@@ -11,6 +11,7 @@ import pytest
 from antefix.errors import StepFailed
 from antefix.layout import KVFormat
 from antefix.record import RecordKind
+from antefix_prefill import run_prompt as run_prompt_module
 from antefix_prefill.run_prompt import run_prompt
 
 RNG = np.random.default_rng(7)
@@ -236,3 +237,44 @@ async def test_what_another_worker_stored_meanwhile_is_not_counted_as_written(ma
     engine = dataclasses.replace(make_engine("zero"), store=Raced())
     computed = await run_prompt(engine, make_prompt(engine, DOCUMENT[: 5 * 64 + 3]))
     assert computed.report.written_tokens == 4 * 64
+
+
+@pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
+@pytest.mark.parametrize("num_marks", [1, 3, 6])
+async def test_checkpoints_inside_a_chunk_have_the_bits_of_chunks_that_end_there(
+    make_engine, make_prompt, store, kv_format, num_marks
+):
+    engine = make_engine("boundary", kv_format, prefill_chunk=1024)
+    size = engine.block_size
+    # The strategy's own checkpoint is at the last boundary; clients asked for the others.
+    ends = [size * (number + 1) for number in range(num_marks)]
+    tokens = DOCUMENT[: ends[-1] + size // 2]
+    prompt = make_prompt(engine, tokens)
+    prompt = dataclasses.replace(prompt, breakpoints=tuple((end, 60.0) for end in ends))
+    whole = await run(engine, prompt)
+    stored = {end: store.records[RecordKind.CHECKPOINT, prompt.chain.hashes[end // size - 1]] for end in ends}
+    for end in ends:
+        store.records.clear()
+        alone = make_engine("boundary", kv_format, prefill_chunk=1024)
+        assert (await run(alone, make_prompt(alone, tokens[:end])))[2] == stored[end]
+    store.records.clear()
+    in_blocks = make_engine("zero", kv_format, prefill_chunk=size)
+    assert same(whole, await run(in_blocks, make_prompt(in_blocks, tokens)))
+
+
+@pytest.mark.parametrize(("num_marks", "num_calls"), [(1, 1), (4, 1), (5, 2)])
+async def test_a_checkpoint_costs_no_call_of_its_own(make_engine, make_prompt, num_marks, num_calls, monkeypatch):
+    engine = make_engine("boundary", prefill_chunk=1024)
+    ends = [engine.block_size * (number + 1) for number in range(num_marks)]
+    prompt = make_prompt(engine, DOCUMENT[: ends[-1] + 5])
+    lengths = []
+
+    def run_tokens(model, pool, batch, **more):
+        lengths.extend(len(tokens) for _, tokens in batch)
+        return run_tokens_of_the_model(model, pool, batch, **more)
+
+    run_tokens_of_the_model = run_prompt_module.run_tokens
+    monkeypatch.setattr(run_prompt_module, "run_tokens", run_tokens)
+    await run(engine, dataclasses.replace(prompt, breakpoints=tuple((end, 60.0) for end in ends)))
+    assert sum(lengths) == prompt.num_tokens
+    assert len(lengths) == num_calls
