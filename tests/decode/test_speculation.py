@@ -48,7 +48,7 @@ def models(directory):
 def make_engine(models, directory):
     made = []
 
-    def make(*, drafts: bool, store=None, strategy: str = "boundary") -> Engine:
+    def make(*, drafts: bool, store=None, strategy: str = "boundary", prefill_chunk: int = 64) -> Engine:
         model = models[drafts]
         identity = identify(directory, revision="test")
         pool = BlockPool(model.layout, 12)
@@ -63,7 +63,7 @@ def make_engine(models, directory):
             planner=RestorePlanner(Sizes.of(model.layout), FixedRates(priors)),
             keyring=Keyring(b"0123456789abcdef"),
             compute=ComputeThread("test"),
-            prefill_chunk=64,
+            prefill_chunk=prefill_chunk,
             fingerprint=identity.fingerprint(KVFormat.FP8).digest,
         )
         made.append(engine)
@@ -176,6 +176,18 @@ async def test_a_draft_state_comes_with_the_checkpoint(make_engine):
     assert hit.report.hit_tokens == 128
     assert hit.sequence.window.to_bytes() == cold.sequence.window.to_bytes()
     assert hit.sequence.window.draft.first == 0
+
+
+@pytest.mark.slow
+async def test_a_draft_state_copied_inside_a_chunk_is_that_of_a_chunk_that_ends_there(make_engine):
+    found = []
+    for prefill_chunk in (256, 64):
+        engine = make_engine(drafts=True, prefill_chunk=prefill_chunk)
+        prompt = prompt_of(engine, PROMPT)
+        computed = await run_prompt(engine, prompt)
+        checkpoint = engine.store.records[RecordKind.CHECKPOINT, prompt.chain.hashes[0]]
+        found.append((checkpoint, computed.sequence.window.to_bytes()))
+    assert found[0] == found[1]
 
 
 class GivenUniforms(Sampler):
