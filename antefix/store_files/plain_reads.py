@@ -284,7 +284,7 @@ def _runs(places: Places, num_threads: int) -> Iterator[Run]:
     # The last runs are shorter and shorter, so that no thread ends much before the others.
     shortest = max(1, step // _LAST_RUNS_SHORTER)
     for gap in (*(np.flatnonzero(is_gap) + 1).tolist(), len(places)):
-        segment, stretch = int(places.segment[first]), Stretch(int(following[gap - 1]))
+        segment, stretch = int(places.segment[first]), Stretch(int(places.offset[first]), int(following[gap - 1]))
         while first < gap:
             evenly = (len(places) - first) // (2 * num_threads)
             end = min(first + max(shortest, min(step, evenly)), gap)

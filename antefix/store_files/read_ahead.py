@@ -13,42 +13,52 @@ import os
 import threading
 from typing import Final
 
-# The short reads, in bytes: 1.3 MiB in all.
-SHORT_READS: Final = (16 << 10,) * 4 + (64 << 10,) * 4 + (256 << 10,) * 4
+# The short reads, in bytes: 3.3 MiB in all. After them, the kernel has read ahead beyond the first large read.
+SHORT_READS: Final = (16 << 10,) * 4 + (64 << 10,) * 4 + (256 << 10,) * 4 + (1 << 20,) * 2
+# They take at most this part of a stretch, because only one thread reads meanwhile.
+_PART_MAX: Final = 1 / 8
 # In a shorter stretch, the short reads take longer than they save.
 _STRETCH_BYTES_MIN: Final = 8 << 20
 
 
 class Stretch:
-    """Adjacent bytes of a file that several threads read, up to `end`. Thread-safe."""
+    """Adjacent bytes of a file that several threads read, from `begin` to `end`. Thread-safe."""
 
-    __slots__ = ("_end", "_has_begun", "_lock")
+    __slots__ = ("_begin", "_end", "_has_begun", "_lock")
 
-    def __init__(self, end: int) -> None:
+    def __init__(self, begin: int, end: int) -> None:
+        self._begin = begin
         self._end = end
         self._has_begun = False
         self._lock = threading.Lock()
 
     def begin(self, fd: int, offset: int) -> bool:
-        """To be called before each read. The first caller whose bytes at `offset` are not in the page cache makes the
-        short reads, and other callers wait for it.
+        """To be called before each read. The first caller that finds bytes on the disk, at the begin of the stretch or
+        at `offset`, makes the short reads there. Other callers wait for it.
 
         Returns False if the file cannot be read.
         """
         if self._has_begun or self._end - offset < _STRETCH_BYTES_MIN:
             return True
         with self._lock:
-            if self._has_begun or not _is_on_disk(fd, offset):
-                return True
-            room = memoryview(bytearray(max(SHORT_READS)))
-            try:
-                for nbytes in SHORT_READS:
-                    os.preadv(fd, [room[:nbytes]], offset)
-                    offset += nbytes
-            except OSError:
-                return False
-            # Set last: a thread that sees it reads at once.
-            self._has_begun = True
+            return self._has_begun or self._read_shortly(fd, offset)
+
+    def _read_shortly(self, fd: int, offset: int) -> bool:
+        # The thread with the second read may be the first to come here.
+        at = next((place for place in (self._begin, offset) if _is_on_disk(fd, place)), None)
+        if at is None:
+            return True
+        room, last = memoryview(bytearray(max(SHORT_READS))), at + _PART_MAX * (self._end - at)
+        try:
+            for nbytes in SHORT_READS:
+                if at + nbytes > last:
+                    break
+                os.preadv(fd, [room[:nbytes]], at)
+                at += nbytes
+        except OSError:
+            return False
+        # Set last: a thread that sees it reads at once.
+        self._has_begun = True
         return True
 
 
