@@ -546,7 +546,7 @@ def _plan(
     if pool.layout != model.layout:
         raise InternalError("the block pool was made for another layout of KV than the model's")
     items: list[Item] = []
-    pieces: list[Tokens] = []
+    pieces: list[TokenArray] = []
     start = 0
     for sequence, given in batch:
         tokens = as_tokens(given)
@@ -558,10 +558,9 @@ def _plan(
     if len({id(item.sequence.window) for item in items}) < len(items):
         raise InternalError("a sequence may appear only once in one batch")
     both = np.zeros((2, num_rows(model, start)), np.int64)
-    both[0, :start] = np.concatenate(pieces)
-    both[1, :start] = np.concatenate(
-        [np.arange(item.position, item.position + item.stop - item.start) for item in items]
-    )
+    for item, tokens in zip(items, pieces, strict=True):
+        both[0, item.rows] = tokens
+        both[1, item.rows] = np.arange(item.position, item.position + len(tokens))
     return items, both
 
 
@@ -583,10 +582,10 @@ def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: i
     if sequence.window.layout != model.layout:
         raise InternalError("a window state was made for another layout of KV than the model's")
     num_blocks = -(-end // model.config.geometry.block_size)
-    table = sequence.block_table
+    table = sequence.table
     if len(table) < num_blocks:
         raise InternalError(f"{end} tokens need {num_blocks} blocks, the block table has {len(table)}")
-    if min(table) < 0 or max(table) >= pool.num_blocks:
+    if table.min() < 0 or table.max() >= pool.num_blocks:
         raise InternalError(f"the block table names blocks outside the pool of {pool.num_blocks}")
 
 

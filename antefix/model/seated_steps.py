@@ -70,7 +70,7 @@ def step_integers(
     rows[:, SEAT] = seats.take([sequence.window for sequence in sequences])
     for row, sequence in zip(rows, sequences, strict=True):
         row[POSITION], row[CUT] = sequence.position, sequence.window.cut
-        row[NUM_COLUMNS : NUM_COLUMNS + len(sequence.block_table)] = sequence.block_table
+        row[NUM_COLUMNS : NUM_COLUMNS + len(sequence.block_table)] = sequence.table
     return rows
 
 
@@ -161,14 +161,15 @@ class SeatedSteps:
                 return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
             slots = cast(Tensor, self._hca_slots)
             return self._attend(q, cast(Tensor, records), ring, slots, self._closing[LayerKind.HCA].visible, attention)
-        heads = Side(x.device, 1)
-        with heads:
-            q = self._queries(attention, residual, rope)
-        indexer = compressor.indexer
-        query = self._index_query(indexer, indexer.head_weights(x, done), residual, rope)
-        own.join()
-        picks = self._pick(cast(Tensor, keys), indexer, query)
-        heads.join()
+        # Entries are chosen by a chain of small kernels, next to which the heads' queries are computed.
+        choice = Side(x.device, 1)
+        with choice:
+            indexer = compressor.indexer
+            query = self._index_query(indexer, indexer.head_weights(x, done), residual, rope)
+            own.join()
+            picks = self._pick(cast(Tensor, keys), indexer, query)
+        q = self._queries(attention, residual, rope)
+        choice.join()
         return self._attend(q, cast(Tensor, records), ring, picks.slots, picks.counts, attention)
 
     def _queries(self, attention: Attention, residual: Tensor, rope: Turns) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 
 # Whether recorded steps use side streams; a benchmark compares both.
 ENABLED = True
+# Side streams run chains of small kernels, which go before the programs of a large product.
+_PRIORITY = -1
 
 
 class Side:
@@ -46,8 +48,9 @@ class Side:
             self._within.__exit__(kind, error, trace)
 
     def join(self) -> None:
+        """What comes now on the current stream comes after the block; that may be another side stream."""
         if self._stream is not None:
-            self._main.wait_stream(self._stream)
+            torch.cuda.current_stream(self._main.device).wait_stream(self._stream)
 
 
 def is_recording(device: torch.device) -> bool:
@@ -68,5 +71,5 @@ _streams = _Streams()
 def _stream(device: torch.device, number: int) -> Any:
     found = _streams.streams.get((device, number))
     if found is None:
-        found = _streams.streams[device, number] = torch.cuda.Stream(device)
+        found = _streams.streams[device, number] = torch.cuda.Stream(device, priority=_PRIORITY)
     return found

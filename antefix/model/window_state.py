@@ -20,7 +20,7 @@ n_win - 1 tokens before its own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,8 @@ from antefix.model.attend import advance_ring
 from antefix.model.finite import MAGNITUDE_MAX, are_usable_windows, is_usable
 from antefix.model.host_rows import upload
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
+
+_Table = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 _FIRST_BYTES = 8
 
@@ -326,6 +328,15 @@ class Sequence:
 
     block_table: list[int]
     window: WindowState
+    # The table that `table` has converted, and the array made from it.
+    _converted: tuple[list[int], _Table] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def table(self) -> _Table:
+        """The block table as an array, which is made once per change of the table."""
+        if self._converted is None or self._converted[0] != self.block_table:
+            self._converted = self.block_table.copy(), np.array(self.block_table, np.int64)
+        return self._converted[1]
 
     @property
     def position(self) -> int:

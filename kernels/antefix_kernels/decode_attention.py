@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from antefix_kernels import hopper
+from antefix_kernels import chained, hopper
+from antefix_kernels.chained import follow
 from antefix_kernels.finish import rotate_back, store_output
 from antefix_kernels.merge import merge_parts
 from antefix_kernels.number_formats import byte_alignment, check
@@ -133,8 +134,9 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
                    stride_ot, stride_oh, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
                    UNIT: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
                    C: tl.constexpr, CHUNKS: tl.constexpr, WORD_SCALES: tl.constexpr, SELECTED: tl.constexpr,
-                   SPLIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr):  # fmt: skip
+                   SPLIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Attention of H heads of one query over its part of the list, with the dims in CHUNKS chunks of C."""
+    follow(CHAINED)
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(2)
     sequence = t // queries
@@ -353,6 +355,7 @@ def _attend(
             H=head_tile,
             N=n,
             num_warps=warps,
+            **chained.options(q),
         )
     if splits > 1:
         merge_parts(part_out, part_lse, heads, out)

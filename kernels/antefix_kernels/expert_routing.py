@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.number_formats import check
 
 # Whether the model uses these kernels. If not, it uses torch's operations, with which a benchmark compares them.
@@ -22,12 +24,14 @@ _TOGETHER = 16
 
 @triton.jit
 def _pick_kernel(scores, bias, tokens, table, experts, weights, num_experts, scaling, P: tl.constexpr,
-                 E: tl.constexpr, HASHED: tl.constexpr, LOGITS: tl.constexpr, PRECISE: tl.constexpr):  # fmt: skip
+                 E: tl.constexpr, HASHED: tl.constexpr, LOGITS: tl.constexpr, PRECISE: tl.constexpr,
+                 CHAINED: tl.constexpr = 0):  # fmt: skip
     """One token's experts in ascending order, and their weights: by score plus bias, or from the table.
 
     LOGITS: `scores` holds logits, whose scores are the roots of their softplus. PRECISE: with CUDA's own functions, as
     torch computes them.
     """
+    follow(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, E)
     inside = e < num_experts
@@ -67,8 +71,9 @@ def _pick_kernel(scores, bias, tokens, table, experts, weights, num_experts, sca
 
 @triton.jit(do_not_specialize=["num_picks", "num_tiles"])
 def _route_kernel(picks, order, place, experts, firsts, stops, num_picks, num_tiles, num_experts, TILE: tl.constexpr,
-                  E: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+                  E: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Sort picks by expert (of one expert, in their order), and cut each expert's rows into tiles."""
+    follow(CHAINED)
     e = tl.arange(0, E)
     counts = tl.zeros((E,), tl.int32)
     for start in range(0, num_picks, ROWS):
@@ -159,6 +164,7 @@ def pick_experts(
             PRECISE=scores.is_cuda,
             num_warps=1 if num_experts <= 256 else 4,
             enable_fp_fusion=False,
+            **chained.options(scores),
         )
     return experts, weights
 
@@ -188,5 +194,6 @@ def sort_picks(
             TILES=256,
             num_warps=4,
             enable_fp_fusion=False,
+            **chained.options(picks),
         )
     return order, place, tiles[0], tiles[1], tiles[2]

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.finish import store_output
 
 ROWS_MAX = 16
@@ -27,8 +29,10 @@ _TILE = (64, 128, 4, 8)
 def _few_rows_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
                      stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
                      GATHERED: tl.constexpr, PICKED: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
-                     N: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                     N: tl.constexpr, M: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+                     CHAINED: tl.constexpr = 0):  # fmt: skip
     """One tile [N outputs, M rows] of a group's or an expert's weight times its rows."""
+    follow(CHAINED)
     if ROUTED:
         group = tl.load(experts + tl.program_id(1))
         first = tl.load(firsts + tl.program_id(1))
@@ -102,4 +106,5 @@ def launch(x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, routing: A
         STAGES=stages,
         num_warps=warps,
         enable_fp_fusion=False,
+        **chained.options(x),
     )

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.number_formats import KeyFormat, check
 from antefix_kernels.rounding import e2m1_code, fp4_exponent, power_of_two
 
@@ -45,12 +47,13 @@ def _rotation(DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
 @triton.jit(do_not_specialize=["num_queries"])
 def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_t, stride_h, stride_w, HEADS,
                     DIM: tl.constexpr, LOG2_DIM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
-                    QUERIES: tl.constexpr):  # fmt: skip
+                    QUERIES: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Rotate and round ROWS heads of QUERIES queries.
 
     The tensor cores compute the rotation in FP16. With its largest magnitude scaled to 1 .. 2, a BF16 row is exact in
     FP16 except for values that are 2^25 smaller, and a float32 row is passed as the sum of two FP16 rows.
     """
+    follow(CHAINED)
     h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = h < HEADS
     d = tl.arange(0, DIM)
@@ -124,6 +127,7 @@ def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float, *, as
             QUERIES=each,
             num_warps=4,
             enable_fp_fusion=False,
+            **chained.options(q),
         )
     return IndexQuery(codes=codes, weights=out_weights)
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.finish import store_output
 from antefix_kernels.operands import Heads
 
@@ -21,8 +23,10 @@ _PARTS = (4, 8)
 
 @triton.jit
 def _merge_kernel(part_out, part_lse, sinks, cos, sin, out, heads, splits, stride_ot, stride_oh, DIM: tl.constexpr,
-                  ROPE: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                  ROPE: tl.constexpr, D: tl.constexpr, H: tl.constexpr, PARTS: tl.constexpr,
+                  CHAINED: tl.constexpr = 0):  # fmt: skip
     """Merge the parts of H heads of one query, PARTS at a time, add the sink, rotate back, write BF16."""
+    follow(CHAINED)
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * H + tl.arange(0, H)
     live = h < heads
@@ -75,4 +79,5 @@ def merge_parts(part_out: torch.Tensor, part_lse: torch.Tensor, heads: Heads, ou
         H=1,
         PARTS=_PARTS[0] if splits <= _PARTS[0] else _PARTS[1],
         num_warps=4,
+        **chained.options(part_out),
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from antefix_kernels import hopper
+from antefix_kernels import chained, hopper
 from antefix_kernels.number_formats import EntryFormat, KeyFormat, byte_alignment, check, check_records
 from antefix_kernels.pack_kernels import overlap_kernel, pool_kernel, rows_kernel
 
@@ -107,6 +107,7 @@ def pack_hca(
             ROWS=triton.next_power_of_2(m),
             num_warps=_POOL_WARPS,
             enable_fp_fusion=False,
+            **chained.options(kv),
         )
     _launch_rows(pooled, norm, target, 2 * norm.cos.shape[1])
 
@@ -189,6 +190,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         CONVERTS=hopper.converts_to_fp8(values),
         num_warps=1,
         enable_fp_fusion=False,
+        **chained.options(values),
     )
 
 
@@ -243,6 +245,7 @@ def _launch_overlap(
         CONVERTS=hopper.converts_to_fp8(kv),
         num_warps=max(1, min(4, d // 128)),
         enable_fp_fusion=False,
+        **chained.options(kv),
     )
 
 

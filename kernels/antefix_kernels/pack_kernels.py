@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from antefix_kernels.chained import follow
 from antefix_kernels.finish import norm_rope, record_offsets, store_codes, store_entries, store_keys
 from antefix_kernels.rounding import bf16_bits
 
@@ -41,11 +42,12 @@ def _load_row(values, cos, sin, row, num_values, stride_n, DIM: tl.constexpr, RO
 def rows_kernel(values, weight, cos, sin, eps, records, slots, num_values, stride_n, stride_p,
                 ENTRIES: tl.constexpr, RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr,
                 DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, NORM: tl.constexpr,
-                CONVERTS: tl.constexpr):  # fmt: skip
+                CONVERTS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Norm (unless NORM is false), round and write values, one by one; programs (_, c) write them to copy c's slots.
 
     A program loads its next row before it computes, so rows come while others are rounded.
     """
+    follow(CHAINED)
     NOPE: tl.constexpr = DIM - ROPE
     step = tl.num_programs(0)
     first = tl.program_id(0)
@@ -79,8 +81,9 @@ def overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_g
                    slots, stride_n, stride_p, M: tl.constexpr, M_PAD: tl.constexpr, DIM: tl.constexpr,
                    ROPE: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
                    ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, KEYS: tl.constexpr,
-                   LOG2_D: tl.constexpr, CONVERTS: tl.constexpr):  # fmt: skip
+                   LOG2_D: tl.constexpr, CONVERTS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Pool one CSA group with the previous group's Ca rows, then norm, round and write it; skip a negative slot."""
+    follow(CHAINED)
     g = tl.program_id(0)
     if tl.load(slots + g) < 0:
         return
@@ -139,11 +142,12 @@ def _row_order(ROWS: tl.constexpr, TOGETHER: tl.constexpr):
 
 @triton.jit
 def pool_kernel(kv, gate, bias, first_rows, slots, pooled, stride_n, M: tl.constexpr, DIM: tl.constexpr,
-                C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                C: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """Softmax-gated sum of C columns of one HCA group, whose M rows are held at once; of a dropped group nothing.
 
     A group's programs follow one another, so that they read whole rows of memory at about the same time.
     """
+    follow(CHAINED)
     g = tl.program_id(0) // tl.cdiv(DIM, C)
     columns = tl.program_id(0) % tl.cdiv(DIM, C) * C + tl.arange(0, C)
     first = tl.load(first_rows + g).to(tl.int64)

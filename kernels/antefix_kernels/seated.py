@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.number_formats import check
 
 _COLUMNS = 1024
@@ -19,8 +21,9 @@ _COLUMNS = 1024
 
 @triton.jit
 def _tails_kernel(kv, gate, bias, positions, seats, tails, stride_kv, stride_gate, X, M: tl.constexpr,
-                  COLUMNS: tl.constexpr):  # fmt: skip
+                  COLUMNS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """One token's kv, and its gate with the bias of its place in the group added."""
+    follow(CHAINED)
     s = tl.program_id(0).to(tl.int64)
     x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     used = x < X
@@ -117,6 +120,7 @@ def write_tails(
             COLUMNS=_COLUMNS,
             num_warps=4,
             enable_fp_fusion=False,
+            **chained.options(kv),
         )
 
 

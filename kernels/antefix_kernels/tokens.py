@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 from antefix_kernels.rounding import bf16_bits
@@ -33,8 +35,10 @@ _MIX_APART_TOKENS = 64
 @triton.jit(do_not_specialize=["num_rows"])
 def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
                       COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
-                      BACK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                      BACK: tl.constexpr, HALVES: tl.constexpr, ROWS: tl.constexpr,
+                      CHAINED: tl.constexpr = 0):  # fmt: skip
     """Scale ROWS rows, after their norm if NORM. Their last ROPE dims are rotated by RoPE, or rotated back if BACK."""
+    follow(CHAINED)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = rows // heads, rows % heads
     c = tl.arange(0, COLUMNS)
@@ -67,8 +71,9 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mixing_kernel(streams, fn, parts, squares, num_tokens, width, J: tl.constexpr, J_PAD: tl.constexpr,
-                   T: tl.constexpr, K: tl.constexpr, ADDENDS: tl.constexpr):  # fmt: skip
+                   T: tl.constexpr, K: tl.constexpr, ADDENDS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
     """T tokens' streams times fn, and their squares' sum, over one part of the addends."""
+    follow(CHAINED)
     t = tl.program_id(0) * T + tl.arange(0, T)
     j = tl.arange(0, J_PAD)
     k = tl.arange(0, K)
@@ -153,11 +158,13 @@ def _added(parts, at, stride, mask, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mixed_kernel(streams, parts, squares, base, scale, weight, out, post, comb, num_tokens, width, eps, norm_eps,
                   out_eps, iterations, M: tl.constexpr, M_PAD: tl.constexpr, PARTS: tl.constexpr,
-                  COLUMNS: tl.constexpr, NORM: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+                  COLUMNS: tl.constexpr, NORM: tl.constexpr, APART: tl.constexpr,
+                  CHAINED: tl.constexpr = 0):  # fmt: skip
     """One token: logits from their parts, gates, the streams' weighted sum, and if NORM the norm of that sum.
 
     APART: one program computes the gates of the block's output, and another one the block's input.
     """
+    follow(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     J: tl.constexpr = (2 + M) * M
     m = tl.arange(0, M_PAD)
@@ -217,8 +224,10 @@ def _collapse_kernel(streams, pre, out, width, M: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COLUMNS: tl.constexpr):
+def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COLUMNS: tl.constexpr,
+                   CHAINED: tl.constexpr = 0):  # fmt: skip
     """One token's new streams: the old ones mixed over comb's first axis, plus the update."""
+    follow(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     added = tl.load(update + n * width + d, d < width, other=0.0).to(tl.float32)
@@ -231,7 +240,8 @@ def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COL
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, out, inner, limit, COLUMNS: tl.constexpr):
+def _swiglu_kernel(gate_up, out, inner, limit, COLUMNS: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
+    follow(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     gate = tl.load(gate_up + n * 2 * inner + i, i < inner, other=0.0).to(tl.float32)
@@ -242,8 +252,10 @@ def _swiglu_kernel(gate_up, out, inner, limit, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(rows, place, weights, shared, out, width, P: tl.constexpr, COLUMNS: tl.constexpr):
+def _combine_kernel(rows, place, weights, shared, out, width, P: tl.constexpr, COLUMNS: tl.constexpr,
+                    CHAINED: tl.constexpr = 0):  # fmt: skip
     """One token's experts' outputs, weighted and added up in the order of its picks, plus the shared expert's."""
+    follow(CHAINED)
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.load(shared + n * width + d, d < width, other=0.0).to(tl.float32)
@@ -306,6 +318,7 @@ def norm_turn(
         ROWS=rows,
         num_warps=4 if padded > 1024 else 2,
         enable_fp_fusion=False,
+        **chained.options(x),
     )
     return out
 
@@ -362,6 +375,7 @@ def _mixing_parts(streams: torch.Tensor, fn: torch.Tensor) -> tuple[torch.Tensor
         ADDENDS=_MIX_ADDENDS,
         num_warps=4,
         enable_fp_fusion=False,
+        **chained.options(streams),
     )
     return parts, squares
 
@@ -420,6 +434,7 @@ def mixed(
         APART=apart,
         num_warps=8 if columns >= 4096 else 4,
         enable_fp_fusion=False,
+        **chained.options(streams),
     )
     return out, post, comb
 
@@ -476,7 +491,18 @@ def expand(streams: torch.Tensor, update: torch.Tensor, post: torch.Tensor, comb
     out = torch.empty_like(streams)
     grid = (num_tokens, triton.cdiv(width, _COLUMNS))
     sizes = {"M": num_streams, "COLUMNS": _COLUMNS}
-    _expand_kernel[grid](streams, update, post, comb, out, width, **sizes, num_warps=4, enable_fp_fusion=False)
+    _expand_kernel[grid](
+        streams,
+        update,
+        post,
+        comb,
+        out,
+        width,
+        **sizes,
+        **chained.options(streams),
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
     return out
 
 
@@ -487,7 +513,16 @@ def swiglu(gate_up: torch.Tensor, limit: float) -> torch.Tensor:
     out = torch.empty(num_rows, inner, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(inner, _COLUMNS))
-        _swiglu_kernel[grid](gate_up, out, inner, limit, COLUMNS=_COLUMNS, num_warps=4, enable_fp_fusion=False)
+        _swiglu_kernel[grid](
+            gate_up,
+            out,
+            inner,
+            limit,
+            COLUMNS=_COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
+            **chained.options(gate_up),
+        )
     return out
 
 
@@ -515,5 +550,6 @@ def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, shar
         COLUMNS=_COLUMNS,
         num_warps=4,
         enable_fp_fusion=False,
+        **chained.options(rows),
     )
     return out

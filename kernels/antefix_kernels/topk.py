@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import chained
+from antefix_kernels.chained import follow
 from antefix_kernels.index_scores import IndexScores
 from antefix_kernels.number_formats import check
 
@@ -102,7 +104,8 @@ def _first_k(keys, bound, k, N: tl.constexpr):
 @triton.jit
 def _topk_kernel(scores, maxima, lens, block_table, groups, indices, slots, counts, queries, k, stride_s, stride_m,
                  stride_b, ENTRIES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
-                 K: tl.constexpr):  # fmt: skip
+                 K: tl.constexpr, CHAINED: tl.constexpr = 0):  # fmt: skip
+    follow(CHAINED)
     t = tl.program_id(0).to(tl.int64)
     length = tl.load(lens + t)
     scores += t * stride_s
@@ -207,6 +210,7 @@ def topk_entries(
         K=triton.next_power_of_2(k),
         num_warps=_warps(max(groups_pad, listed * scored.group), num_queries),
         enable_fp_fusion=False,
+        **chained.options(scores),
     )
     return picks
 
