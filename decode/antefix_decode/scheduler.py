@@ -97,6 +97,8 @@ class Scheduler:
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()
+        # The sequences of the running step.
+        self._stepping: list[Running] = []
         self._task: asyncio.Task[None] | None = None
         self.num_tokens = 0
         self.num_drafted = 0
@@ -155,17 +157,19 @@ class Scheduler:
             self._task = keep_running(self._loop, "the decode loop", failed=self._fail_all, context=Context())
 
     async def leave(self, running: Running) -> None:
-        """Remove a sequence and free its blocks. The call waits for the running step, which may be using the sequence's
-        blocks.
+        """Remove a sequence and free its blocks. If the sequence takes part in the running step, the call waits for the
+        step, which is using the blocks.
         """
         running.done = True
         # If the caller is cancelled again here, the blocks must still be freed.
         await uninterrupted(self._leave(running))
 
     async def _leave(self, running: Running) -> None:
-        async with self._step_lock:
-            if running in self._running:
-                self._running.remove(running)
+        if running in self._running:
+            self._running.remove(running)
+        if running in self._stepping:
+            async with self._step_lock:
+                pass
         table, running.sequence.block_table = running.sequence.block_table, []
         is_written = True
         try:
@@ -201,8 +205,10 @@ class Scheduler:
                 batch = self.shares.choose(able, computing) if able else []
                 self._repaid_s = self.shares.repaid_s(batch, computing)
                 self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
+                self._stepping = batch
                 if batch:
                     await self._step(batch)
+                self._stepping = []
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
                 self.shares.observe(len(batch), time.perf_counter() - self._began)

@@ -40,7 +40,7 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
         return
     index = position // engine.block_size - 1
     block_id = output.sequence.block_table[index]
-    payload = await engine.compute.run(_usable_payload, engine, block_id)
+    payload = await engine.copied(lambda: _usable_payload(engine, block_id))
     if payload is None:
         raise not_finite(position)
     publish_block(engine, output.prompt, index, block_id, tokens=np.append(before, np.uint32(token)))
@@ -52,8 +52,8 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
 
 
 def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
-    """The payload of a block; None if it holds NaN or infinity. The work runs in the compute thread as one job, because
-    each job waits for the running work.
+    """The payload of a block; None if it holds NaN or infinity. The work is one job, because on a GPU each
+    job waits for the running work.
     """
     (payload,) = engine.pool.payloads([block_id])
     return None if engine.pool.unusable([block_id]) else payload

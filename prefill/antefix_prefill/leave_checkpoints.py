@@ -56,7 +56,7 @@ async def leave_checkpoint(
 
     Window state with NaN or infinity is not written; the same error shows in the logits, which fail the request.
     """
-    data = await engine.compute.run(lambda: window.to_bytes() if window.is_usable else None)
+    data = await engine.copied(lambda: window.to_bytes() if window.is_usable else None)
     if data is None:
         return
     engine.budget.add(len(data))

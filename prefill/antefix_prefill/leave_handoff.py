@@ -20,7 +20,7 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     partial = sequence.position % engine.block_size
     unfinished = sequence.block_table[-1:] if partial else []
     # One job for both, because each job waits for the running work.
-    window, rows = await engine.compute.run(lambda: (sequence.window.to_bytes(), engine.pool.payloads(unfinished)))
+    window, rows = await engine.copied(lambda: (sequence.window.to_bytes(), engine.pool.payloads(unfinished)))
     row = b"".join(rows)
     chain = computed.prompt.chain
     handoff = Handoff(

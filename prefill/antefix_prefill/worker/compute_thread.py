@@ -5,6 +5,7 @@
                   time that it has waited, and every few turns the one that began first, so that a stream of short
                   prompts starves nobody
 
+On a CPU, copies of rows and window states that nothing changes meanwhile run in a thread of their own (`run_apart`).
 Small jobs also run between the layers of a chunk (`antefix.model.pauses`), so a decode step waits for one layer of a
 chunk, and a chunk that always finds a step waiting still computes a layer per step. On a GPU, while steps run, chunks
 have no more tokens than a layer computes within `step_delay_max_s`.
@@ -143,6 +144,7 @@ class ComputeThread:
         """step_delay_max_s: for how long a part of a chunk may keep a decode step waiting."""
         self._parts_of_chunks = ChunkParts(step_delay_max_s)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._apart = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"{name}-apart")
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._small: collections.deque[_Job] = collections.deque()
@@ -177,6 +179,13 @@ class ComputeThread:
         """Run a small job. The job waits only for the running work, and for small jobs that came before it."""
         job = _Job(lambda: function(*args, **kwargs), Future())
         return cast(T, await self._submit(job))
+
+    async def run_apart(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a job that only reads, on a CPU, memory that no running work writes. The job waits for no running work: a
+        copy of a millisecond would else wait for a step of many sequences.
+        """
+        done = self._apart.submit(function, *args, **kwargs)
+        return cast(T, await uninterrupted(asyncio.wrap_future(done)))
 
     async def run_step(
         self, repaid_s: float | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -243,6 +252,7 @@ class ComputeThread:
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
+        self._apart.shutdown(wait=True)
 
     async def _submit(self, job: _Job) -> object:
         with self._lock:

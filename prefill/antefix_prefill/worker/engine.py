@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -52,6 +52,8 @@ if TYPE_CHECKING:  # this import needs the extra `fleet`, which most workers do 
     from antefix.events.kv_publisher import KvPublisher
 
 log = logging.getLogger("antefix_prefill.worker")
+
+T = TypeVar("T")
 
 # For engines that are assembled by hand, as tests do.
 NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
@@ -237,6 +239,14 @@ class Engine:
             await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
             self.counters.note(err)
+
+    async def copied(self, copy: Callable[[], T]) -> T:
+        """The result of `copy`, which only reads rows or window states that nothing changes before it ends. On a GPU,
+        copies wait for the running work, because it is in the same queue of the device.
+        """
+        if self.device.type == "cpu" and self.ops.step_runner is None:
+            return await self.compute.run_apart(copy)
+        return await self.compute.run(copy)
 
     async def close(self) -> None:
         self.compute.close()
