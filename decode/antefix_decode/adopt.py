@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from antefix_prefill.late_store import load_in_time
 from antefix_prefill.load_blocks import DISK_TIER
 from antefix_prefill.restore import Prompt
 from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
 
@@ -68,25 +70,30 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
     started = time.perf_counter()
     report = RestoreReport(plan="handoff")
     num_blocks = prompt.num_tokens // engine.block_size
-    table = await load_in_time(engine, prompt, num_blocks, report)
+    # At the same time as the other blocks, because both wait for the running step.
+    unfinished = asyncio.create_task(_unfinished_block(engine, prompt, handoff))
     try:
-        if len(table) < num_blocks:
-            engine.blocks.release(table)
-            return None
+        table = await load_in_time(engine, prompt, num_blocks, report)
+    except BaseException:
+        await _give_back(engine, unfinished)
+        raise
+    if len(table) < num_blocks:
+        engine.blocks.release(table)
+        await _give_back(engine, unfinished)
+        return None
+    try:
         position, streams = prompt.num_tokens, engine.num_stream_values
         window = WindowState.from_bytes(
             engine.layout, position, handoff.window, engine.device, num_stream_values=streams
         )
-        if prompt.num_tokens % engine.block_size:
-            table.extend(engine.blocks.allocate(1))
-            await _put_back_row(engine, table[-1], handoff.partial_row)
-    except AntefixError as err:
+        table.extend(await asyncio.shield(unfinished))
+    except BaseException as err:  # also if the client left while the last row was copied into the pool
         engine.blocks.release(table)
+        await _give_back(engine, unfinished)
+        if not isinstance(err, AntefixError):
+            raise
         engine.counters.note(err)
         return None
-    except BaseException:
-        engine.blocks.release(table)  # the client left while the last row was copied into the pool
-        raise
     report.restore_s = time.perf_counter() - started
     return Adopted(sequence=Sequence(block_table=table, window=window), logits=handoff.logits, report=report)
 
@@ -95,6 +102,29 @@ async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
     """Restore as much of the prompt as possible from the store, and compute the rest."""
     computed = await run_prompt(engine, prompt)
     return Adopted(sequence=computed.sequence, logits=computed.logits, report=computed.report)
+
+
+async def _unfinished_block(engine: Engine, prompt: Prompt, handoff: Handoff) -> list[int]:
+    """The block with the prompt's last tokens, taken from the handoff; empty if the prompt ends with a whole block."""
+    if not prompt.num_tokens % engine.block_size:
+        return []
+    block_ids = engine.blocks.allocate(1)
+    try:
+        await _put_back_row(engine, block_ids[0], handoff.partial_row)
+    except BaseException:
+        engine.blocks.release(block_ids)
+        raise
+    return block_ids
+
+
+async def _give_back(engine: Engine, unfinished: asyncio.Task[list[int]]) -> None:
+    """Give the unfinished block back, when nothing writes into it any more."""
+    unfinished.cancel()
+    try:
+        await uninterrupted(asyncio.wait({unfinished}))
+    finally:
+        if not unfinished.cancelled() and unfinished.exception() is None:
+            engine.blocks.release(unfinished.result())
 
 
 async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:

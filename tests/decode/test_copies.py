@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from antefix.window import Mark, Reason, Tier
+from antefix_decode.adopt import adopt, take_handoff
 from antefix_decode.scheduler import Scheduler
 from antefix_decode.store_output import store_token
 from antefix_prefill.leave_checkpoints import leave_checkpoint
@@ -108,3 +110,35 @@ async def test_a_sequence_that_ends_waits_only_for_a_step_that_it_takes_part_in(
     assert steps == [[in_step]]
     assert engine.blocks.num_available == engine.pool.num_blocks
     await scheduler.close()
+
+
+async def test_a_handoff_waits_for_one_running_step_only(make_engine, make_prompt, store):
+    """Its finished blocks are read, and its unfinished one is copied, while the step runs."""
+    prefill, decode = make_engine(), make_engine()
+    computed = await run_prompt(prefill, make_prompt(prefill, TOKENS[:150]))
+    prompt = make_prompt(decode, TOKENS[:150])
+    handoff = await take_handoff(decode, prompt, await leave_handoff(prefill, computed))
+    with busy(decode.compute):
+        adopting = asyncio.create_task(adopt(decode, prompt, handoff))
+        await until(lambda: len(decode.compute._small) == 2, "both jobs of the handoff")
+    adopted = await adopting
+    assert adopted.sequence.window.to_bytes() == computed.sequence.window.to_bytes()
+    rows = [
+        [bytes(each) for each in engine.pool.payloads(table)]
+        for engine, table in ((decode, adopted.sequence.block_table), (prefill, computed.sequence.block_table))
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("lost", ["block", "row", "window"])
+async def test_a_handoff_that_cannot_be_used_gives_all_blocks_back(make_engine, make_prompt, store, lost):
+    prefill, decode = make_engine(), make_engine()
+    computed = await run_prompt(prefill, make_prompt(prefill, TOKENS[:150]))
+    prompt = make_prompt(decode, TOKENS[:150])
+    handoff = await take_handoff(decode, prompt, await leave_handoff(prefill, computed))
+    if lost == "block":
+        store.records.clear()
+    else:
+        handoff = dataclasses.replace(handoff, **{"partial_row" if lost == "row" else "window": b"short"})
+    assert await adopt(decode, prompt, handoff) is None
+    assert decode.blocks.num_available == decode.pool.num_blocks

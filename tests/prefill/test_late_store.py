@@ -70,6 +70,8 @@ class SimulatedCompute:
     async def run(self, function, *args, **kwargs):
         return function(*args, **kwargs)
 
+    run_apart = run
+
     async def run_chunk(self, remaining, began, function, *args):
         num_tokens = len(args[0][0].tokens) if isinstance(args[0], list) else len(args[2])
         return await self._run(num_tokens, function, *args)
