@@ -117,6 +117,22 @@ def prefill_behind(record: Any) -> Iterable[Row]:
         yield _chunk(behind, row, row["floor_s"])
 
 
+@table("prefill_kinds.json", *KERNELS, "antefix/model")
+def prefill_kinds(record: Any) -> Iterable[Row]:
+    """One row for each kind of kernel, the longest first; a column for each context."""
+    chunks = record["chunks"]
+    columns = [f"behind {chunk['context']:,}: ms, share, fraction of the BF16 rate" for chunk in chunks]
+    yield f"kind of kernel, {record['layers']} layers", *columns
+    for kind in sorted(chunks[-1]["kinds"], key=lambda name: -chunks[-1]["kinds"][name]["ms"]):
+        cells = []
+        for chunk in chunks:
+            of = chunk["kinds"][kind]
+            rate = f", {of['of_rate']:.2f}" if "of_rate" in of else ""
+            cells.append(f"{of['ms']:.1f}, {of['ms'] / chunk['ms']:.0%}{rate}")
+        yield kind, *cells
+    yield "all", *(f"{chunk['ms']:.1f}" for chunk in chunks)
+
+
 _FLOOR = ("floor, s", "times the floor (2 wanted, lower is better)")
 
 
