@@ -559,8 +559,11 @@ def _plan(
         raise InternalError("a sequence may appear only once in one batch")
     both = np.zeros((2, num_rows(model, start)), np.int64)
     for item, tokens in zip(items, pieces, strict=True):
-        both[0, item.rows] = tokens
-        both[1, item.rows] = np.arange(item.position, item.position + len(tokens))
+        if len(tokens) == 1:
+            both[0, item.start], both[1, item.start] = tokens[0], item.position
+        else:
+            both[0, item.rows] = tokens
+            both[1, item.rows] = np.arange(item.position, item.position + len(tokens))
     return items, both
 
 
@@ -583,9 +586,9 @@ def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: i
         raise InternalError("a window state was made for another layout of KV than the model's")
     num_blocks = -(-end // model.config.geometry.block_size)
     table = sequence.table
-    if len(table) < num_blocks:
-        raise InternalError(f"{end} tokens need {num_blocks} blocks, the block table has {len(table)}")
-    if table.min() < 0 or table.max() >= pool.num_blocks:
+    if len(table.ids) < num_blocks:
+        raise InternalError(f"{end} tokens need {num_blocks} blocks, the block table has {len(table.ids)}")
+    if table.smallest < 0 or table.largest >= pool.num_blocks:
         raise InternalError(f"the block table names blocks outside the pool of {pool.num_blocks}")
 
 

@@ -70,7 +70,7 @@ def step_integers(
     rows[:, SEAT] = seats.take([sequence.window for sequence in sequences])
     for row, sequence in zip(rows, sequences, strict=True):
         row[POSITION], row[CUT] = sequence.position, sequence.window.cut
-        row[NUM_COLUMNS : NUM_COLUMNS + len(sequence.block_table)] = sequence.table
+        row[NUM_COLUMNS : NUM_COLUMNS + len(sequence.block_table)] = sequence.table.ids
     return rows
 
 

@@ -34,8 +34,6 @@ from antefix.model.finite import MAGNITUDE_MAX, are_usable_windows, is_usable
 from antefix.model.host_rows import upload
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
 
-_Table = np.ndarray[tuple[int], np.dtype[np.int64]]
-
 _FIRST_BYTES = 8
 
 
@@ -318,6 +316,15 @@ class WindowState:
                 yield self.indexer[layer].tail[:, :count]
 
 
+@dataclass(frozen=True, slots=True)
+class TableArray:
+    """A block table [B] int64, and its smallest and largest id."""
+
+    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    smallest: int
+    largest: int
+
+
 @dataclass(slots=True)
 class Sequence:
     """A sequence as `forward` needs it: its blocks of global KV in order, and the window state at its end.
@@ -328,14 +335,15 @@ class Sequence:
 
     block_table: list[int]
     window: WindowState
-    # The table that `table` has converted, and the array made from it.
-    _converted: tuple[list[int], _Table] | None = field(default=None, init=False, repr=False, compare=False)
+    # The block table that was converted last, and what it became.
+    _converted: tuple[list[int], TableArray] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def table(self) -> _Table:
-        """The block table as an array, which is made once per change of the table."""
+    def table(self) -> TableArray:
+        """The block table as an array, with its smallest and largest id. Made once per change of the table."""
         if self._converted is None or self._converted[0] != self.block_table:
-            self._converted = self.block_table.copy(), np.array(self.block_table, np.int64)
+            ids = self.block_table.copy()
+            self._converted = ids, TableArray(np.array(ids, np.int64), min(ids, default=0), max(ids, default=0))
         return self._converted[1]
 
     @property
