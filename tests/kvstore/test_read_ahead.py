@@ -12,6 +12,7 @@ import pytest
 
 from antefix.store_files import read_ahead
 from antefix.store_files.read_ahead import SHORT_READS, Stretch
+from tests.waiting import AT_MOST_S
 
 FD, OFFSET = 77, 4096
 END = OFFSET + (32 << 20)
@@ -34,7 +35,7 @@ class Disk:
                 raise self.probe
             return 1
         self.has_begun.set()
-        assert self.may_end.wait(10)
+        assert self.may_end.wait(AT_MOST_S)
         if self.failure is not None:
             raise self.failure
         (buffer,) = buffers
@@ -111,7 +112,7 @@ def test_another_thread_waits_for_the_short_reads(monkeypatch: pytest.MonkeyPatc
 
     other = threading.Thread(target=second)
     first.start()
-    assert disk.has_begun.wait(10)
+    assert disk.has_begun.wait(AT_MOST_S)
     other.start()
     other.join(0.05)
     assert other.is_alive()
