@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
 from typing import Any, Final, TypeVar
 
@@ -136,17 +136,26 @@ class Watch:
     def __init__(self, patience: Patience) -> None:
         self.late = asyncio.Event()
         self._patience = patience
+        self._num_late = 0
 
     @contextlib.contextmanager
     def waiting(self, times: UsualTimes, predicted_s: float = 0.0) -> Iterator[None]:
         """A context around one call that is predicted to take `predicted_s`."""
-        call = _Call(self._patience, self.late, self._patience.limit_s(times, predicted_s))
+        call = _Call(self._count_late, self._patience.limit_s(times, predicted_s))
         try:
             yield
         except BaseException:
             call.end()
             raise
         times.observe(predicted_s, call.end())
+
+    def _count_late(self, change: int) -> None:
+        self._patience.num_late += change
+        self._num_late += change
+        if self._num_late:
+            self.late.set()
+        else:
+            self.late.clear()
 
     async def ended_in_time(self, work: asyncio.Future[Any]) -> bool:
         """Wait until `work` has ended, or a call that it makes is late. A cancellation does not reach `work`."""
@@ -159,10 +168,12 @@ class Watch:
 
 
 class _Call:
-    """A call that is late if it has not ended after `limit_s`."""
+    """A call that is late if it has not ended after `limit_s`.  count_late: called with 1 when the call becomes late,
+    and with -1 when a late call ends.
+    """
 
-    def __init__(self, patience: Patience, late: asyncio.Event, limit_s: float) -> None:
-        self._patience, self._late = patience, late
+    def __init__(self, count_late: Callable[[int], None], limit_s: float) -> None:
+        self._count_late = count_late
         self._is_late = False
         self._loop = asyncio.get_running_loop()
         self._begun = self._loop.time()
@@ -177,16 +188,14 @@ class _Call:
 
     def _is_over(self) -> None:
         self._is_late = True
-        self._patience.num_late += 1
-        self._late.set()
+        self._count_late(1)
 
     def end(self) -> float:
         """Seconds that the call took."""
         self._timer.cancel()
         if self._is_late:
             self._is_late = False
-            self._patience.num_late -= 1
-            self._late.clear()
+            self._count_late(-1)
         return self._loop.time() - self._begun
 
 

@@ -81,10 +81,13 @@ class Prefetcher:
             if task not in self._is_loading:
                 task.cancel()
             waited_s = time.monotonic() - started
-            with contextlib.suppress(asyncio.CancelledError):
-                if not await watch.ended_in_time(task):
+            is_over = False
+            try:
+                is_over = await watch.ended_in_time(task)
+            finally:
+                if not is_over:
                     self._engine.patience.leave(task)
-            self._end(prompt, waited_s)
+                self._end(prompt, waited_s)
 
     def _end(self, prompt: Prompt, waited_s: float) -> None:
         num_wanted = self._wanted.pop(id(prompt), 0)

@@ -121,3 +121,19 @@ async def test_an_upgrade_to_http2_is_not_made(monkeypatch):
             assert "101" not in answer[:20] and "HTTP/2" not in answer
             await until(is_free)
         assert await asked(url) == 200
+
+
+async def test_a_connection_is_kept_after_a_body_that_ended_behind_its_answer(monkeypatch):
+    async with door(monkeypatch, http_body_bytes_max=BYTES_MAX, http_head_timeout_s=0.3) as (url, _):
+        ((reader, writer),) = await opened(url, 1)
+        size = BYTES_MAX + 100
+        writer.write(HEAD.format(PATHS[0], f"content-length: {size}\r\n").encode() + b" " * 50)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), AT_MOST_S)
+        assert head.startswith(b"HTTP/1.1 413")
+        await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+        writer.write(b" " * (size - 50))
+        await writer.drain()
+        await asyncio.sleep(0.6)
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await asyncio.wait_for(reader.readline(), AT_MOST_S)).startswith(b"HTTP/1.1 200")
+        writer.close()

@@ -355,6 +355,29 @@ def test_a_turn_does_not_wait_for_a_prefetch_from_a_store_that_hangs(worker, mak
     simulate(prompts)
 
 
+def test_a_cancellation_while_a_load_is_waited_for_is_not_lost(worker, make_prompt, store):
+    async def prompts():
+        await stored_and_cold(worker, make_prompt, store)
+        engine, went_on = worker(), []
+        prompt = make_prompt(engine, LONGER)
+        store.lasts_s = {"get_blocks": HUNG_S}
+
+        async def turn():
+            async with Prefetcher(engine).while_waiting(prompt):
+                await asyncio.sleep(0.06)
+            went_on.append(True)
+
+        task = asyncio.create_task(turn())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not went_on
+        assert await rows_come_back(engine, store)
+
+    simulate(prompts)
+
+
 def test_a_busy_store_is_waited_for_once_its_times_are_known(worker, make_prompt, store):
     async def prompts():
         await stored_and_cold(worker, make_prompt, store)

@@ -64,6 +64,23 @@ def test_a_call_is_late_at_its_limit_and_no_longer_when_it_ends():
     assert UNKNOWN_S <= took_s < UNKNOWN_S + 0.02
 
 
+def test_a_watch_is_late_until_all_of_its_late_calls_have_ended():
+    async def calls():
+        watch = Watch(patience := Patience())
+
+        async def call(lasts_s):
+            with watch.waiting(patience.reads):
+                await asyncio.sleep(lasts_s)
+
+        first, second = (asyncio.create_task(call(UNKNOWN_S + more_s)) for more_s in (1.0, 2.0))
+        await first
+        is_late = watch.late.is_set()
+        await second
+        return is_late, watch.late.is_set(), patience.num_late
+
+    assert simulate(calls) == (True, False, 0)
+
+
 def test_while_a_call_is_late_others_get_the_shortest_limit():
     async def calls():
         patience, clock = Patience(), asyncio.get_running_loop().time

@@ -114,13 +114,16 @@ class StrictProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        was_waiting, before = self._is_between(), self.cycle
+        was_waiting, before, was_early = self._is_between(), self.cycle, self._is_answered_early()
         if was_waiting and not self.conn.trailing_data[0] and not self._is_answered_early():
             # The time limit runs from a head's first byte. Later bytes of the head do not restart it.
             self._wait_for_head(self.http_connections.head_s)
         super().data_received(data)
         if self.cycle is not before:
             self._stop_waiting()
+        elif was_early and self._is_between() and not (self._is_answered_early() or self.conn.trailing_data[0]):
+            # The body has ended that nobody read, so the connection is kept as after any other answer.
+            self._wait_for_head(self.http_connections.idle_s)
 
     def handle_events(self) -> None:
         before = self.cycle
