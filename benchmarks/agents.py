@@ -5,12 +5,11 @@
 
 The benchmark starts a whole deployment (store, one prefill and one decode worker, a router); the clients run in this
 process. All conversations share a system prompt, whose KV is in the worker's memory. Each turn sends the whole
-conversation so far with
-`--new` more tokens and gets `--output` tokens. In the result, "one" is a single conversation that runs alone. Tokens
-per second count output tokens, from the first request until the last answer. Clients measure the times between tokens.
-Tokens that arrive in one message arrive at the same time, and the wait before the message counts once. "CPU" is the
-processor time of all services per output token. Other processes on the machine change it little, so its ratios are
-reliable on a busy machine, where ratios of wall time are not.
+conversation so far with `--new` more tokens and gets `--output` tokens. In the result, "one" is a single conversation
+that runs alone. Tokens per second count output tokens, from the first request until the last answer. Clients measure
+the times between tokens. Tokens that arrive in one message arrive at the same time, and the wait before the message
+counts once. "CPU" is the processor time of all services per output token. Other processes on the machine change it
+little, so its ratios are reliable on a busy machine, where ratios of wall time are not.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@
 The model has V4-Flash's width, as many layers as fit on the GPU, bfloat16 and random weights. The weights' values
 affect the times only through how evenly experts are picked. All parts other than the weights run as in workers: store
 service, restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and
-makes a new
-worker with an empty pool. The new worker first computes a question of the same length, so that its CUDA graph is
-recorded.
-Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and times of cold
-prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
+makes a new worker with an empty pool. The new worker first computes a question of the same length, so that its CUDA
+graph is recorded. Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and
+times of cold prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
 `--parts restored --cold-repeats 1` takes about 100 s.
 """
 

@@ -185,10 +185,10 @@ async def idle(door: Door, args: argparse.Namespace) -> dict[str, Any]:
             held.append(await asyncio.open_connection(host, int(port)))
         except OSError:
             refused += 1
-    beside = await door.in_turn(args.seconds)
+    during = await door.in_turn(args.seconds)
     for _, writer in held:
         writer.close()
-    return {"connections": len(held), "not_connected": refused, **compared(without, beside)}
+    return {"connections": len(held), "not_connected": refused, **compared(without, during)}
 
 
 async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
@@ -199,14 +199,14 @@ async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
     seen: Counter[str] = Counter()
     streams = [asyncio.create_task(stream(door, seen, sleeps=bool(number % 2))) for number in range(args.streams)]
     await asyncio.sleep(2.0)
-    beside = await door.in_turn(args.seconds)
+    during = await door.in_turn(args.seconds)
     num_ended = sum(task.done() for task in streams)
     for task in streams:
         task.cancel()
     ended = await asyncio.gather(*streams, return_exceptions=True)
     failed = sum(isinstance(each, Exception) and not isinstance(each, asyncio.CancelledError) for each in ended)
     counts = {"begun": seen["begun"], "refusals": seen["refusals"], "ended_meanwhile": num_ended, "failed": failed}
-    return {"streams": len(streams), **counts, **compared(without, beside)}
+    return {"streams": len(streams), **counts, **compared(without, during)}
 
 
 async def stream(door: Door, seen: Counter[str], *, sleeps: bool) -> None:
@@ -239,7 +239,7 @@ async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
     text = text[: args.long_tokens]
     asking = asyncio.create_task(door.ask(outcome, tenant="greedy", text=text, max_tokens=1, patience_s=None))
     await asyncio.sleep(1.0)
-    beside = await door.in_turn(args.seconds)
+    during = await door.in_turn(args.seconds)
     was_running = not asking.done()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -248,7 +248,7 @@ async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
         "long_tokens": args.long_tokens,
         "was_running": was_running,
         "ended_with": refused,
-        **compared(without, beside),
+        **compared(without, during),
     }
 
 
@@ -257,15 +257,15 @@ async def tenants(door: Door, args: argparse.Namespace) -> dict[str, Any]:
     without = await door.in_turn(args.seconds)
     greedy = asyncio.create_task(door.in_turn(args.seconds + 2, num_clients=32, tenant="greedy"))
     await asyncio.sleep(2.0)
-    beside = await door.in_turn(args.seconds)
-    return {"greedy": (await greedy).figures(), **compared(without, beside)}
+    during = await door.in_turn(args.seconds)
+    return {"greedy": (await greedy).figures(), **compared(without, during)}
 
 
-def compared(without: Outcome, beside: Outcome) -> dict[str, Any]:
+def compared(without: Outcome, during: Outcome) -> dict[str, Any]:
     return {
         "without": without.figures(),
-        "with": beside.figures(),
-        "p99_with_to_without": round(beside.p99_s / without.p99_s, 2) if beside.latencies_s else None,
+        "with": during.figures(),
+        "p99_with_to_without": round(during.p99_s / without.p99_s, 2) if during.latencies_s else None,
     }
 
 

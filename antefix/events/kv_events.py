@@ -10,9 +10,8 @@ name of its class:
     AllBlocksCleared
 
 Block hashes in KV events are the engine's own, as bytes or integers. Older vLLM sends an event as an array whose first
-item is the class
-name. Fields and events that are not listed here are ignored. Source: vllm/distributed/kv_events.py of vLLM 0.32, and
-srt/disaggregation/kv_events.py of SGLang 0.5.23.
+item is the class name. Fields and events that are not listed here are ignored. Source: vllm/distributed/kv_events.py of
+vLLM 0.32, and srt/disaggregation/kv_events.py of SGLang 0.5.23.
 """
 
 from __future__ import annotations

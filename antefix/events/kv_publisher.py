@@ -1,10 +1,9 @@
 """Publishes what a worker's memory holds as vLLM's KV events (`kv_events`), for any router that reads them.
 
 Apart from this module, nothing sends token ids of prompts out of the process. The worker never waits: the changes of
-one turn of the event loop
-become one message. A subscriber that reads too slowly loses messages, which it notices by their numbers. The last
-messages are kept for replay: a request of an empty frame and a number of 8 bytes returns all messages from that number
-on, each as an empty frame, topic, number and payload, and then an end marker.
+one turn of the event loop become one message. A subscriber that reads too slowly loses messages, which it notices by
+their numbers. The last messages are kept for replay: a request of an empty frame and a number of 8 bytes returns all
+messages from that number on, each as an empty frame, topic, number and payload, and then an end marker.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ The scale of a group is the smallest power of two that keeps the group's largest
 as its biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
 
 Rounded values stay the same when they are packed again: unpack(pack(x)) gives records of the same values when it is
-packed. The packed
-bytes may differ once: if rounding brings a group's largest value down to exactly half the range, the group is packed
-again with half the scale and doubled codes.
+packed. The packed bytes may differ once: if rounding brings a group's largest value down to exactly half the range, the
+group is packed again with half the scale and doubled codes.
 
 Shapes:  ... = any leading dims, C = head dim, B = record bytes, R = RoPE dims.
 Source:  V4 report, section 3.5; released inference kernels' act_quant and fp4_act_quant (floors 1e-4 and 6 * 2^-126).

@@ -5,8 +5,7 @@ size depends on the bucket alone, so such a call can be recorded and replayed li
 
 A sequence's new tokens would overwrite rows of its ring and tails that the first of the new tokens still need. So each
 layer copies old and new rows into one line, in order, and reads the line. Rings, tails and overlap states are updated
-when tokens
-are kept:
+when tokens are kept:
 
     window line     n_win records per sequence, oldest first, then its new records
     group line      the rows of the sequence's unfinished group, then its new rows

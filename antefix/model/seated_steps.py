@@ -1,8 +1,7 @@
 """Decode steps of many sequences on a GPU: the parts of each layer that work across tokens.
 
 A decode step takes as many kernel launches for one sequence as for a hundred. Each sequence runs one token. The kernels
-read all
-inputs on the GPU: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
+read all inputs on the GPU: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
 everything else of a step is computed from it. So the host never waits, and a step can be recorded once and replayed
 (`antefix.model.step_runner`).
 

@@ -1,10 +1,9 @@
 """Decode steps on a GPU, launched one kernel after another or replayed as recorded CUDA graphs.
 
 A decode step of four layers is some hundred launches, and issuing them from Python takes longer than running them. A
-CUDA
-graph is recorded once for a number of sequences and a length of block tables, both rounded up to a bucket, and replayed
-as one launch: the same kernels with the same arguments, so the same bits. Only one array of integers changes from step
-to step (`seated_steps.step_integers`). All recorded graphs share one pool of memory.
+CUDA graph is recorded once for a number of sequences and a length of block tables, both rounded up to a bucket, and
+replayed as one launch: the same kernels with the same arguments, so the same bits. Only one array of integers changes
+from step to step (`seated_steps.step_integers`). All recorded graphs share one pool of memory.
 
 These are not recorded: replays of prompts that write nothing, experts that are fetched from the host, and, unless the
 settings ask for it, models over several ranks.

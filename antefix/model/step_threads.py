@@ -1,8 +1,7 @@
 """How many of torch's threads a forward pass uses on a CPU: all of them, or one if its operations are small.
 
 torch's threads divide every operation, and wait for one another at its end. A decode step is some thousand operations
-of a few
-microseconds each, and waking a thread takes longer than that: two threads took three times as long as one.
+of a few microseconds each, and waking a thread takes longer than that: two threads took three times as long as one.
 """
 
 from __future__ import annotations

@@ -133,9 +133,10 @@ class Scheduler:
     @contextlib.asynccontextmanager
     async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:
         """Hold a place from the beginning of a request, because many requests may be loading before the first one joins
-        the batch. If no
-        place is free, waits for one; tenants take turns.  num_tokens: the most that the request may generate.  share:
-        the tenant's share relative to other tenants' shares.
+        the batch. If no place is free, waits for one; tenants take turns.
+
+        num_tokens: the most that the request may generate.  share: the tenant's share relative to other tenants'
+        shares.
 
         Raises:  Overloaded: all places are taken, and as many requests wait as may wait.
         """

@@ -2,9 +2,8 @@
 no index.
 
 A row's parent is given as the number of the parent's row, or -1. Sums along all ancestors take one round per doubling
-of the
-longest chain: in each round a row adds what the ancestor it points to has gathered, and then points to where that
-ancestor pointed.
+of the longest chain: in each round a row adds what the ancestor it points to has gathered, and then points to where
+that ancestor pointed.
 """
 
 from __future__ import annotations

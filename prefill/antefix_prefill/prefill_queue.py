@@ -17,9 +17,8 @@ class PrefillQueue:
     """At most `num_running_max` prompts run and `num_waiting_max` wait; tenants take turns.
 
     With two running prompts, one loads and writes while the other computes; more running prompts would only hold pool
-    blocks. Prompts
-    with little left to compute do not wait for these places: up to `num_short_max` of them run in addition, because the
-    compute thread takes their chunks first.
+    blocks. Prompts with little left to compute do not wait for these places: up to `num_short_max` of them run in
+    addition, because the compute thread takes their chunks first.
     """
 
     def __init__(self, num_running_max: int, num_waiting_max: int, num_short_max: int = 0) -> None:

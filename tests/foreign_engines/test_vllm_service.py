@@ -50,16 +50,16 @@ def start(vllm, tmp_path, served):
 
 
 def test_hosts_share_what_one_of_them_stored(start, tmp_path):
-    one, other, beside = start(), start(), start(directory=str(tmp_path / "data"))
+    one, other, local = start(), start(), start(directory=str(tmp_path / "data"))
     one.store(PROMPT)
-    for engine in (other, beside):
+    for engine in (other, local):
         assert engine.num_hit(PROMPT) == 512
         rows, result = engine.restore(PROMPT, 512)
         assert result.success
         run = engine.tier.rows.pages.runs[3][0]
         theirs = vllm_stand_in.row_bytes(PROMPT, 3, 512, engine.config.worker_kv_bytes_per_block)
         assert (run.used(rows[3, 512]) == run.used(theirs)).all()
-    assert (other.tier.locality.value, beside.tier.locality.value) == ("REMOTE", "LOCAL")
+    assert (other.tier.locality.value, local.tier.locality.value) == ("REMOTE", "LOCAL")
 
 
 def test_another_secret_or_tenant_finds_nothing(start, tmp_path):

@@ -68,7 +68,7 @@ def load_sinks(path: Path) -> list[SinkConfig]:
     return sinks
 
 
-def _sink(table: Table, beside: Path) -> SinkConfig:
+def _sink(table: Table, directory: Path) -> SinkConfig:
     kind = table.one_of("kind", KINDS)
     name = table.text("name", kind)
     if not name.replace("-", "").replace("_", "").isalnum():
@@ -77,7 +77,7 @@ def _sink(table: Table, beside: Path) -> SinkConfig:
     parts = split_url(url)
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         raise table.wrong("url", "an https:// URL, or http:// to this host", url)
-    key_file = beside / table.text("key_file")
+    key_file = directory / table.text("key_file")
     meters = _texts_by_name(table, "meters") or dict(_METERS)
     sink = SinkConfig(
         name=name,

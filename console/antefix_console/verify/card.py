@@ -41,10 +41,10 @@ def against_cpu(workers: WorkerPair, tokens: Tokens, bound: float) -> list[Again
     """The largest logit difference of each token, relative to the largest logit; the median over tokens.
 
     bound: the largest error that is allowed if products do not round their inputs. Rounding to FP8 turns a difference
-    in the last bit into a
-    step of up to an eighth, which the next layers carry on. So a model that rounds inputs is compared twice: without
-    the rounding, by `bound`; and as it is, by what the CPU's own logits differ if each number of the embeddings moves
-    by one BF16 step. Over several ranks, rounding cannot be turned off, so only the second comparison is made.
+    in the last bit into a step of up to an eighth, which the next layers carry on. So a model that rounds inputs is
+    compared twice: without the rounding, by `bound`; and as it is, by what the CPU's own logits differ if each number
+    of the embeddings moves by one BF16 step. Over several ranks, rounding cannot be turned off, so only the second
+    comparison is made.
     """
     model = workers.subject.model
     alone = workers.subject.alone

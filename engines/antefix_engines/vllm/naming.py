@@ -86,5 +86,5 @@ def revision_of(model: str) -> str:
         )
     nbytes = sum(file.stat().st_size for file in weights)
     log.info("hashing %.1f GB of weights to name their KV; the setting `weights_revision` avoids this", nbytes / 1e9)
-    beside = [path / name for name in (CONFIG_FILE, INDEX_FILE) if (path / name).is_file()]
-    return hash_files([*beside, *weights])
+    described = [path / name for name in (CONFIG_FILE, INDEX_FILE) if (path / name).is_file()]
+    return hash_files([*described, *weights])

@@ -5,8 +5,7 @@ one dies.
         all ranks                                             <--NCCL or gloo-->  all ranks
 
 Rank 0 tells the other ranks what to run (`antefix.model.lead`); they answer only while they start. A dead rank cannot
-be
-replaced, because it held its part of the sequences' state. So the whole worker ends at once, with the reason in its
+be replaced, because it held its part of the sequences' state. So the whole worker ends at once, with the reason in its
 log. Routers treat it like any dead worker: they retry requests, or continue them, on other workers.
 """
 

@@ -6,9 +6,9 @@ The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the l
 prompts, that checkpoint's format is the same.
 
 Answers without thinking follow `</think>`, answers with thinking follow `<think>`. Reasoning of earlier turns is left
-out, unless there
-are tools: then the model has to see why it made its calls. Tool results are written into the next user turn, in the
-order of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
+out, unless there are tools: then the model has to see why it made its calls. Tool results are written into the next
+user turn, in the order of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one
+`parameter` each.
 
 The format has a place for system text only at the head. System text that comes later stays where the client put it, as
 text of a user's turn.

@@ -258,9 +258,8 @@ class MessageList:
 
     def _newest_question(self) -> int:
         """The index of the user message that is to be answered; -1 if there is none. A user message after a tool's
-        result counts as part of
-        the result: clients send screenshots in this way where their API has no other place, sometimes with system text
-        before them.
+        result counts as part of the result: clients send screenshots in this way where their API has no other place,
+        sometimes with system text before them.
         """
         turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not ChatRole.SYSTEM]
         if len(turns) > 1 and turns[-1][1] is ChatRole.ASSISTANT:

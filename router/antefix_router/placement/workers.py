@@ -1,8 +1,7 @@
 """The workers that a router knows, and the load that it has placed on each.
 
 The load counts only the requests of this router. A request's load is added when a request is placed, and subtracted
-when
-that part of the request ends in any way. Nothing else may change a load: a health check that reset a worker's load
+when that part of the request ends in any way. Nothing else may change a load: a health check that reset a worker's load
 would send all requests to that worker.
 """
 
