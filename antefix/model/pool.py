@@ -3,7 +3,8 @@
 A restore reads from disk straight into `landing(block_ids)` and then calls `fill`. Bytes that are to be written to disk
 come from `payloads(block_ids)`. In this class both calls return the rows themselves; a pool on a GPU returns pinned
 host memory instead. The pool knows which rows are in use, but not by how many sequences: references are counted by a
-worker's `ResidentBlocks`. A pool belongs to one thread.
+worker's `ResidentBlocks`. A pool belongs to one thread; on a CPU, another thread may call `payloads` and `unusable` for
+rows that nothing writes meanwhile.
 
 Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies, because
 decoding for every step would cost more than the attention itself: 3.5 to 7.5 times the rows' bytes (V4: 584 -> 2048 and

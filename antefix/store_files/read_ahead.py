@@ -33,7 +33,7 @@ class Stretch:
         self._lock = threading.Lock()
 
     def begin(self, fd: int, offset: int) -> bool:
-        """To be called before each read. The first caller that finds bytes on the disk, at the begin of the stretch or
+        """To be called before each read. The first caller that finds bytes on the disk, at the start of the stretch or
         at `offset`, makes the short reads there. Other callers wait for it.
 
         Returns False if the file cannot be read.

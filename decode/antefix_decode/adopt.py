@@ -70,7 +70,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
     started = time.perf_counter()
     report = RestoreReport(plan="handoff")
     num_blocks = prompt.num_tokens // engine.block_size
-    # At the same time as the other blocks, because both wait for the running step.
+    # At the same time as the other blocks are read, because both wait for the running step.
     unfinished = asyncio.create_task(_unfinished_block(engine, prompt, handoff))
     try:
         table = await load_in_time(engine, prompt, num_blocks, report)
@@ -108,6 +108,8 @@ async def _unfinished_block(engine: Engine, prompt: Prompt, handoff: Handoff) ->
     """The block with the prompt's last tokens, taken from the handoff; empty if the prompt ends with a whole block."""
     if not prompt.num_tokens % engine.block_size:
         return []
+    # Not before the prompt's blocks in memory are in use: if the pool is full, this could evict one of them.
+    await asyncio.sleep(0)
     block_ids = engine.blocks.allocate(1)
     try:
         await _put_back_row(engine, block_ids[0], handoff.partial_row)

@@ -19,7 +19,7 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
         return b""  # in reproducible mode whole blocks of the last chunk are not in the store, and decode needs them
     partial = sequence.position % engine.block_size
     unfinished = sequence.block_table[-1:] if partial else []
-    # One job for both, because each job waits for the running work.
+    # One job for both, because on a GPU each job waits for the running work.
     window, rows = await engine.copied(lambda: (sequence.window.to_bytes(), engine.pool.payloads(unfinished)))
     row = b"".join(rows)
     chain = computed.prompt.chain

@@ -142,3 +142,20 @@ async def test_a_handoff_that_cannot_be_used_gives_all_blocks_back(make_engine, 
         handoff = dataclasses.replace(handoff, **{"partial_row" if lost == "row" else "window": b"short"})
     assert await adopt(decode, prompt, handoff) is None
     assert decode.blocks.num_available == decode.pool.num_blocks
+
+
+async def test_a_handoffs_unfinished_block_evicts_none_of_its_other_blocks(make_engine, make_prompt, store):
+    prefill, decode = make_engine(), make_engine()
+    computed = await run_prompt(prefill, make_prompt(prefill, TOKENS[:150]))
+    prompt = make_prompt(decode, TOKENS[:150])
+    handoff = await take_handoff(decode, prompt, await leave_handoff(prefill, computed))
+    # No block is free, and the prompt's own blocks would be evicted first.
+    first, other = (
+        await adopt(decode, prompt, handoff),
+        await run_prompt(decode, make_prompt(decode, TOKENS[::-1][:70])),
+    )
+    for used in (first, other):
+        decode.blocks.release(used.sequence.block_table)
+    decode.blocks.allocate(decode.pool.num_free)
+    adopted = await adopt(decode, prompt, handoff)
+    assert adopted.report.hit_memory_tokens == 150 // decode.block_size * decode.block_size

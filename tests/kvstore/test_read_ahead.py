@@ -77,7 +77,7 @@ def test_a_stretch_whose_beginning_is_cached_begins_where_the_disk_is_needed(mon
     assert disk.reads[0] == (OFFSET + (4 << 20), SHORT_READS[0])
 
 
-def test_the_short_reads_are_at_the_begin_whichever_thread_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_short_reads_are_at_the_start_whichever_thread_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = on(Disk(BlockingIOError()), monkeypatch)
     assert Stretch(OFFSET, END).begin(FD, OFFSET + (4 << 20))
     assert disk.reads[0] == (OFFSET, SHORT_READS[0])

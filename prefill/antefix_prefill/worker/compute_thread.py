@@ -181,8 +181,8 @@ class ComputeThread:
         return cast(T, await self._submit(job))
 
     async def run_apart(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a job that only reads, on a CPU, memory that no running work writes. The job waits for no running work: a
-        copy of a millisecond would else wait for a step of many sequences.
+        """Run a job that only reads, on a CPU, memory that no running work writes. The job does not wait for running
+        work: otherwise a copy that takes a millisecond would wait for a step of many sequences.
         """
         done = self._apart.submit(function, *args, **kwargs)
         return cast(T, await uninterrupted(asyncio.wrap_future(done)))
