@@ -41,6 +41,7 @@ from antefix_router.gateway.app import start_http
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.router_config import RouterConfig
 from antefix_router.server import RouterServicer
+from benchmarks.processor_time import cpu_s
 from benchmarks.run_record import write
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1024, 16
@@ -193,12 +194,6 @@ class HttpClient:
             last = await self.reader.readexactly(size + 2)
         await self.reader.readline()
         assert b"[DONE]" in last
-
-
-def cpu_s(pid: int) -> float:
-    """User and system time of a process (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def main() -> None:

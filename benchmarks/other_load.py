@@ -4,11 +4,11 @@ system.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-_PROC = Path("/proc")
+from benchmarks.processor_time import PROC, TICK_S, cpu_s
+
 # Of the first line of /proc/stat: user, nice, system, irq, softirq and steal. Idle time and waits for disks are not
 # busy, and a guest's time is in `user` already.
 _BUSY_FIELDS = (1, 2, 3, 6, 7, 8)
@@ -19,11 +19,10 @@ class OtherLoad:
     that the machine's own host took from it counts too.
     """
 
-    def __init__(self, pids: Callable[[], Iterable[int]], *, proc: Path = _PROC) -> None:
+    def __init__(self, pids: Callable[[], Iterable[int]], *, proc: Path = PROC) -> None:
         """pids: returns the measured processes that live now, with the one that measures."""
         self._pids = pids
         self._proc = proc
-        self._tick_s = 1 / os.sysconf("SC_CLK_TCK")
         self._busy_s, self._own_s = self._read()
 
     def lap_s(self) -> float:
@@ -37,12 +36,11 @@ class OtherLoad:
 
     def _read(self) -> tuple[float, dict[int, float]]:
         fields = (self._proc / "stat").read_text().splitlines()[0].split()
-        busy_s = self._tick_s * sum(int(fields[number]) for number in _BUSY_FIELDS)
+        busy_s = TICK_S * sum(int(fields[number]) for number in _BUSY_FIELDS)
         return busy_s, {pid: self._cpu_s(pid) for pid in self._pids()}
 
     def _cpu_s(self, pid: int) -> float:
         try:
-            fields = (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            return cpu_s(pid, proc=self._proc)
         except OSError:
             return 0.0  # it has ended
-        return self._tick_s * (int(fields[11]) + int(fields[12]))

@@ -48,7 +48,7 @@ PATIENCE_S = 30.0
 # Two tenants with equal shares get half of each worker: 2 times the time alone. Three processes share two cores, and a
 # request waits once per worker for the call that is running, so up to 3 times counts as an equal share.
 _SHARE_MAX = 3.0
-# One other busy program takes a quarter of the answers per second of two cores, and makes the highest rate too high.
+# More than this, and the figures are no longer those of the services.
 _OTHERS = "cores that other programs used"
 _OTHERS_MAX = 0.1
 _EQUAL_SHARE = f"2 is an equal share; {_SHARE_MAX:g} or less"

@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from antefix.store.remote_store import RemoteStore
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load
+from benchmarks.processor_time import cpu_s
 from benchmarks.run_record import about
 from benchmarks.soak_files import num_segments
 from benchmarks.soak_samples import Samples, disk_mb, num_threads
@@ -122,7 +122,7 @@ class Soak:
             await asyncio.sleep(0.2)
         if self.args.fill_store:
             await self.fill()
-        self.cpu_before_s = cpu_s(router)
+        self.cpu_before_s = cpu_s(router.process.pid)
         self.started = time.monotonic()
 
     async def fill(self) -> None:
@@ -266,7 +266,7 @@ class Soak:
         num_routed = counters.led + counters.straight
         shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
         ttft = {name: round(float(np.quantile(tally.ttft_s, at)), 3) for name, at in shares.items() if tally.ttft_s}
-        router_s = cpu_s(self.steady["router"]) - self.cpu_before_s
+        router_s = cpu_s(self.steady["router"].process.pid) - self.cpu_before_s
         result = {
             "minutes": round((time.monotonic() - self.started) / 60, 1),
             "warm_up_minutes": self.args.warm_up_minutes,
@@ -312,11 +312,6 @@ def tokens_of(request: TraceRequest, salt: int, system: Tokens) -> Tokens:
     mixed = (request.names.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     own = (mixed >> np.uint64(56)).astype(np.uint32)
     return np.concatenate((system, own, np.array([len(own) % 256], np.uint32)))
-
-
-def cpu_s(process: RoleProcess) -> float:
-    fields = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from rich.console import Console
 
 from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.processor_time import cpu_s
 from benchmarks.run_record import write
 from benchmarks.ttft import ROOT
 from tests.telemetry.otlp_receiver import receiving
@@ -50,9 +50,7 @@ class Side:
 
     def spent_s(self) -> float:
         """Processor time of all roles so far, user and system."""
-        pids = [role.process.pid for role in self.deployment.processes]
-        fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-        return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+        return sum(cpu_s(role.process.pid) for role in self.deployment.processes)
 
     def forget(self) -> None:
         self.whole_s, self.ttft_s, self.processor_s = [], [], 0.0

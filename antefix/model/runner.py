@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from antefix.block import TokenArray, Tokens, as_tokens
-from antefix.errors import InternalError, InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import Attention, CSACompressor
+from antefix.model.batch_check import check_piece
 from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
 from antefix.model.host_rows import upload
@@ -550,7 +551,7 @@ def _plan(
     start = 0
     for sequence, given in batch:
         tokens = as_tokens(given)
-        _check_item(model, pool, sequence, len(tokens), int(tokens.max()) if len(tokens) else 0)
+        check_piece(model, pool, sequence, tokens)
         stop = start + len(tokens)
         items.append(Item(sequence, start, stop, model.device))
         pieces.append(tokens)
@@ -572,24 +573,6 @@ def num_rows(model: Model, num_tokens: int) -> int:
     if num_tokens <= ROWS_FEW and is_compiled(model.lm_head.weight):
         return num_tokens
     return -(-num_tokens // ROW_TILE) * ROW_TILE
-
-
-def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:
-    end = sequence.position + num_tokens
-    if not num_tokens:
-        raise InternalError("a chunk of a sequence needs at least one token")
-    if largest >= model.config.vocab_size:
-        raise InvalidRequest(f"token id {largest} is outside the vocabulary of {model.config.vocab_size}")
-    if end > model.config.max_position_embeddings:
-        raise InvalidRequest(f"{end} tokens exceed the model's {model.config.max_position_embeddings} positions")
-    if sequence.window.layout != model.layout:
-        raise InternalError("a window state was made for another layout of KV than the model's")
-    num_blocks = -(-end // model.config.geometry.block_size)
-    table = sequence.table
-    if len(table.ids) < num_blocks:
-        raise InternalError(f"{end} tokens need {num_blocks} blocks, the block table has {len(table.ids)}")
-    if table.smallest < 0 or table.largest >= pool.num_blocks:
-        raise InternalError(f"the block table names blocks outside the pool of {pool.num_blocks}")
 
 
 def _open_blocks(pool: BlockPool, items: list[Item]) -> None:

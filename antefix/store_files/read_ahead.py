@@ -63,7 +63,8 @@ class Stretch:
 
 
 def _is_on_disk(fd: int, offset: int) -> bool:
-    """Whether the byte is not in the page cache; False if the file system cannot tell.
+    """Whether the byte is not in the page cache. False if the file system cannot tell, or if the byte cannot be read:
+    the read that follows shows the error.
 
     Only one byte is asked for: the kernel reads ahead even for a read that does not wait, and more for a longer one.
     """
@@ -72,5 +73,5 @@ def _is_on_disk(fd: int, offset: int) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        pass
+        return False
     return False

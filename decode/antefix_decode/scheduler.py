@@ -207,9 +207,11 @@ class Scheduler:
                 self._repaid_s = self.shares.repaid_s(batch, computing)
                 self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
                 self._stepping = batch
-                if batch:
-                    await self._step(batch)
-                self._stepping = []
+                try:
+                    if batch:
+                        await self._step(batch)
+                finally:
+                    self._stepping = []
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
                 self.shares.observe(len(batch), time.perf_counter() - self._began)

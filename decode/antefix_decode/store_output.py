@@ -52,8 +52,8 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
 
 
 def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
-    """The payload of a block; None if it holds NaN or infinity. The work is one job, because on a GPU each
-    job waits for the running work.
+    """The payload of a block; None if it holds NaN or infinity. The work is one job, because on a GPU each job waits
+    for the running work.
     """
     (payload,) = engine.pool.payloads([block_id])
     return None if engine.pool.unusable([block_id]) else payload

@@ -2,9 +2,9 @@
 
 Chunks end at multiples of `prefill_chunk`, counted from token 0 (never from the hit). On a CPU results do not depend on
 where chunks end (docs/ARCHITECTURE.md, "Exactness"), so the window state at a checkpoint's position is copied on the
-way: the fixed cost of a call of its own is as much as that of 64 tokens. Elsewhere chunks also end at each position
-where a checkpoint is to be written. If results depend on where chunks end, as in reproducible mode, the blocks of a
-prompt's unfinished last chunk serve only this prompt and are not stored.
+way, which saves a call of the model. Elsewhere chunks also end at each position where a checkpoint is to be written. If
+results depend on where chunks end, as in reproducible mode, the blocks of a prompt's unfinished last chunk serve only
+this prompt and are not stored.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class StrictProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         was_waiting, before, was_early = self._is_between(), self.cycle, self._is_answered_early()
-        if was_waiting and not self.conn.trailing_data[0] and not self._is_answered_early():
+        if was_waiting and not self.conn.trailing_data[0] and not was_early:
             # The time limit runs from a head's first byte. Later bytes of the head do not restart it.
             self._wait_for_head(self.http_connections.head_s)
         super().data_received(data)
