@@ -21,7 +21,7 @@ _ROOMS = (
 )
 # (file, function) of each, and why the caller is at fault. A new one needs a reason here.
 _CALLERS_FAULTS = {
-    ("antefix/model/runner.py", "_check_item"): "token ids and lengths are the request's",
+    ("antefix/model/batch_check.py", "check_piece"): "token ids and lengths are the request's",
     ("prefill/antefix_prefill/worker/engine.py", "check_prompt"): "the request's size and token ids",
     ("decode/antefix_decode/server.py", "_prompt"): "num_emitted is the request's",
     ("decode/antefix_decode/grammar_state.py", "_make"): "the grammar is the request's",
